@@ -97,7 +97,7 @@ class EmbeddingStore:
         """
         rows = self.find(texts)
         if (rows < 0).any():
-            missing = list(dict.fromkeys(texts[position] for position in np.flatnonzero(rows < 0)))
+            missing = list(dict.fromkeys(texts[position] for position in np.flatnonzero(rows < 0).tolist()))
             state = "" if self.complete else " It is unfinished."
             raise StoreError(
                 f"the embedding store {self.path} ({len(self)} captions) lacks {len(missing)} of the "
