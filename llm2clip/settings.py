@@ -160,7 +160,7 @@ class CaptionLossSettings:
         "symmetric", "`symmetric` InfoNCE over both texts, or LLM2Vec's one-directional `hard_negative` NLL"
     )
     scale: float = setting(20.0, "fixed logit scale on cosine similarities (the paper's code: 50)")
-    mask_duplicates: bool = setting(True, "never sample two captions of one image or two equal texts into a batch")
+    mask_duplicates: bool = setting(True, "never put two pairs of one group, or two equal texts, into a rank's batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +196,7 @@ class ClipLossSettings:
 
     kind: Literal["softmax"] = setting("softmax", "symmetric InfoNCE over the whole batch of all ranks")
     label_smoothing: float = setting(0.0, "share of the target spread over the batch")
+    mask_duplicates: bool = setting(True, "never put two images of one group into a rank's batch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,228 @@
+"""The CLIP stage: a vision tower and a small text adapter learn one space, with the LLM's stored embeddings.
+
+The LLM is frozen and absent: captions enter as the embeddings that `llm2clip embed` stored (LLM2CLIP, arXiv
+2411.04997, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llm2clip.data.images import ImageTransform, decode_image
+from llm2clip.data.loader import Loader
+from llm2clip.data.sample import Sample, caption_role
+from llm2clip.data.sources import Source, open_source
+from llm2clip.data.store import EmbeddingStore
+from llm2clip.errors import BadSampleError, ConfigError
+from llm2clip.models.groups import parameter_groups
+from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.settings import CaptionSettings, TrainSettings
+from llm2clip.training.optim import NamedParameters
+from llm2clip.training.world import World
+from llm2clip_kernels import infonce_loss
+
+
+@dataclass(frozen=True, slots=True)
+class ImageText:
+    """One training sample: an image and the caption picked for it this time.
+
+    Attributes:
+        key: sample key, for messages.
+        group: identity of what is shown.
+        pixels: (3, S, S) float32, normalised.
+        text: caption, looked up in the embedding store.
+    """
+
+    key: str
+    group: str
+    pixels: Tensor
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageTextChunk:
+    """Images (b, 3, S, S) and LLM embeddings (b, D_llm) on the device."""
+
+    pixels: Tensor
+    embeddings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class TwoTowers(nn.Module):
+    """`ImageTextChunk` -> unit-norm `image` and `text` (b, D), and the 0-dim multiplier `scale`."""
+
+    def __init__(self, model: LLM2CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, chunk: ImageTextChunk) -> dict[str, Tensor]:
+        outputs = self.model(chunk.pixels, chunk.embeddings)
+        return {
+            "image": outputs["image_features"],
+            "text": outputs["text_features"],
+            "scale": outputs["logit_scale"],
+        }
+
+
+class ClipTask:
+    """Task of `llm2clip train` (see `training.loop.Task`)."""
+
+    title = "training CLIP"
+
+    def __init__(self, settings: TrainSettings, world: World) -> None:
+        if not settings.data.train:
+            raise ConfigError("data.train: expected at least one source of images and captions")
+        if not settings.store:
+            raise ConfigError("store: expected the embedding store that `llm2clip embed` made")
+        self.settings = settings
+        self._world = world
+        self._store = EmbeddingStore.open(settings.store)
+        self._source: Source = open_source(
+            settings.data.train, weights=settings.data.weights, limit=settings.data.limit
+        )
+        require_stored_captions(self._source, settings.data.captions, self._store)
+        torch.manual_seed(settings.run.seed)  # the adapter's initial values
+        self.model = LLM2CLIP(settings.model, self._store.dim, self._store.fingerprint).to(world.device)
+        self.module: nn.Module = TwoTowers(self.model)
+        self.batches_per_epoch = len(self._source) // settings.run.batch_size
+        vision = self.model.vision_model
+        self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
+
+    def groups(self) -> Mapping[str, NamedParameters]:
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return {g: [(names[id(p)], p) for p in members] for g, members in parameter_groups(self.model).items()}
+
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[tuple[int, int], Sequence[ImageText]]]:
+        data, run = self.settings.data, self.settings.run
+        return iter(
+            Loader(
+                self._source,
+                batch_size=run.batch_size,
+                seed=run.seed,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                workers=data.workers,
+                transform=partial(_to_image_text, captions=data.captions, transform=self._transform),
+                start=(epoch, batch),
+                max_bad_share=data.max_bad_share,
+                shuffle_window=data.shuffle_shards,
+            )
+        )
+
+    def chunks(self, samples: Sequence[ImageText], size: int) -> Sequence[ImageTextChunk]:
+        kept = _one_per_group(samples) if self.settings.loss.mask_duplicates else list(samples)
+        embeddings = self._store.get([sample.text for sample in kept])
+        step = size or len(kept)
+        device = self._world.device
+        return [
+            ImageTextChunk(
+                torch.stack([sample.pixels for sample in kept[start : start + step]]).to(device),
+                embeddings[start : start + step].to(device),
+            )
+            for start in range(0, len(kept), step)
+        ]
+
+    def loss(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
+        value = infonce_loss(
+            image,
+            text,
+            scale,
+            label_smoothing=self.settings.loss.label_smoothing,
+            group=torch.distributed.group.WORLD if self._world.size > 1 else None,
+        )
+        with torch.no_grad():
+            similarity = (image * text).sum(-1).float().mean()
+        return value, {"positive_similarity": similarity, "logit_scale": scale.detach()}
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0.0, self.settings.model.logit_scale_max)
+
+    def names(self, samples: Sequence[ImageText]) -> list[str]:
+        return [sample.key for sample in samples]
+
+    def evaluate(self) -> dict[str, float]:
+        """Retrieval on `data.val` with the model as it is, when there is any."""
+        if not self.settings.data.val or not self._world.is_main:
+            return {}
+        from llm2clip.evaluation.retrieval import quick_retrieval
+
+        self.model.eval()
+        return quick_retrieval(self.model, self.settings.data, self._store)
+
+    def export(self, path: Path) -> None:
+        """Write the model as `LLM2CLIP.from_pretrained` reads it."""
+        self.model.save_pretrained(path)
+
+
+def require_stored_captions(source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64) -> None:
+    """Check a spread of samples, so that a store of other data fails now and not in the middle of an epoch.
+
+    Raises:
+        StoreError: a caption is not in the store.
+    """
+    stride = max(1, len(source) // probe)
+    texts = []
+    for index in range(0, len(source), stride):
+        try:
+            texts += [text for _, text in _roles(source.captions_of(index), captions)]
+        except BadSampleError:
+            continue
+    store.rows(texts)
+
+
+def _roles(sample: Sample, captions: CaptionSettings) -> list[tuple[str, str]]:
+    roles = (("short", captions.short), ("long", captions.long))
+    return [(role, text) for role, fields in roles if (text := caption_role(sample, fields))]
+
+
+def pick_caption(sample: Sample, captions: CaptionSettings, rng: np.random.Generator) -> str:
+    """One caption of the sample, its role drawn with `captions.probabilities`.
+
+    Raises:
+        BadSampleError: no role that may be drawn has text.
+    """
+    choices = [
+        (text, captions.probabilities.get(role, 0.0) if captions.probabilities else 1.0)
+        for role, text in _roles(sample, captions)
+    ]
+    total = sum(weight for _, weight in choices)
+    if total <= 0:
+        raise BadSampleError(
+            sample.key,
+            f"no caption in {', '.join((*captions.short, *captions.long))}; it has "
+            f"{', '.join(sample.captions) or 'none'}",
+        )
+    point = rng.random() * total
+    for text, weight in choices:
+        point -= weight
+        if point < 0:
+            return text
+    return choices[-1][0]
+
+
+def _to_image_text(
+    sample: Sample, rng: np.random.Generator, captions: CaptionSettings, transform: ImageTransform
+) -> ImageText:
+    text = pick_caption(sample, captions, rng)
+    if sample.image is None:
+        raise BadSampleError(sample.key, "it has no image")
+    return ImageText(sample.key, sample.group, transform(decode_image(sample.image, key=sample.key), rng), text)
+
+
+def _one_per_group(samples: Sequence[ImageText]) -> list[ImageText]:
+    """Drop images of what the batch shows already: they would be false negatives."""
+    kept: dict[str, ImageText] = {}
+    for sample in samples:
+        kept.setdefault(sample.group, sample)
+    return list(kept.values())

@@ -1,0 +1,121 @@
+"""One exact contrastive loss over a batch that does not fit in memory as one graph.
+
+Gradient cache (Gao et al. 2021, arXiv 2101.06983): embed every chunk without a graph, take the loss over
+all embeddings at once and its gradients on them, then embed each chunk again with a graph and feed it the
+cached gradients. The result equals one big batch; memory is that of one chunk. Both forwards of a chunk run
+under the same random state, so dropout agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Outputs = Mapping[str, Tensor]
+LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's generators on the CPU and on one CUDA device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> RandomState:
+        """The state now."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    @contextmanager
+    def replay(self, device: torch.device) -> Iterator[None]:
+        """Run a block under this state; afterwards the generators are as they were before it."""
+        before = RandomState.capture(device)
+        self._set(device)
+        try:
+            yield
+        finally:
+            before._set(device)
+
+    def _set(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+def backward(
+    module: nn.Module,
+    chunks: Sequence[Any],
+    loss: LossFunction,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Accumulate the gradients of one loss over all `chunks` into the module's parameters.
+
+    Args:
+        module: maps a chunk to named outputs; tensors with a batch dimension (b, ...) are concatenated over
+            the chunks, 0-dimensional ones (the logit scale) are the same for all and taken once. May be a
+            DistributedDataParallel: ranks exchange gradients once, after the last chunk.
+        chunks: parts of the batch; one chunk needs no second forward.
+        loss: maps the outputs of the whole batch to a 0-dimensional loss and detached metrics.
+        device: device of the module, for its random state.
+        autocast: context of every forward.
+
+    Returns:
+        The detached loss and the metrics of `loss`.
+    """
+    if not chunks:
+        raise ValueError("gradient cache: the batch has no chunk")
+    if len(chunks) == 1:
+        with autocast():
+            outputs = module(chunks[0])
+        value, metrics = loss(outputs)
+        value.backward()
+        return value.detach(), metrics
+
+    states, parts = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(RandomState.capture(device))
+            with autocast():
+                parts.append(module(chunk))
+    leaves = {name: _join([part[name] for part in parts]) for name in parts[0]}
+    value, metrics = loss(leaves)
+    value.backward()
+
+    starts = dict.fromkeys(leaves, 0)
+    for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+        last = index == len(chunks) - 1
+        with state.replay(device), _without_exchange(module, skip=not last):
+            with autocast():
+                outputs = module(chunk)
+            surrogate = torch.zeros((), device=device)
+            for name, output in outputs.items():
+                gradient = leaves[name].grad
+                if output.dim() == 0:
+                    # a shared scalar: its gradient counts once; times zero keeps it in every chunk's graph
+                    weight = gradient if last and gradient is not None else torch.zeros_like(output)
+                    surrogate = surrogate + output.float() * weight.float()
+                    continue
+                stop = starts[name] + len(output)
+                if gradient is not None:
+                    surrogate = surrogate + (output.float() * gradient[starts[name] : stop].float()).sum()
+                starts[name] = stop
+            surrogate.backward()
+    return value.detach(), metrics
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    joined = parts[-1].clone() if parts[-1].dim() == 0 else torch.cat(parts)
+    return joined.detach().requires_grad_()
+
+
+def _without_exchange(module: nn.Module, *, skip: bool) -> AbstractContextManager[Any]:
+    if skip and isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return nullcontext()
