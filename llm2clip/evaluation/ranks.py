@@ -1,0 +1,205 @@
+"""Ranks of the right answer, and the measures made of them.
+
+Ties are broken uniformly at random, in expectation: where t wrong and p right answers have the same
+similarity, every order of those t + p is equally likely and each measure is its mean over the orders.
+Embeddings that tell nothing apart therefore score exactly chance, neither 0 nor 100 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llm2clip.errors import ModelError
+
+KS = (1, 5, 10)
+# unit-norm fp32 products of equal vectors differ by some 1e-7, depending on where a GEMM tile ends
+TIE_TOLERANCE = 1e-6
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """For each query, what stands before and beside its best right answer; all int64 (Q,).
+
+    Attributes:
+        above: wrong answers with a higher similarity.
+        tied_wrong: wrong answers with the same similarity.
+        tied_right: right answers with the same similarity, itself included.
+        right: right answers in the gallery.
+        gallery: size of the gallery.
+    """
+
+    above: npt.NDArray[np.int64]
+    tied_wrong: npt.NDArray[np.int64]
+    tied_right: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    gallery: int
+
+    def expected_rank(self) -> npt.NDArray[np.float64]:
+        """Mean rank of the best right answer over all orders of the ties, from 1: float64 (Q,)."""
+        # the least of p places drawn from t + p is (t + p + 1) / (p + 1) on average
+        return self.above + (self.tied_wrong + self.tied_right + 1) / (self.tied_right + 1)
+
+    def recall(self, k: int) -> npt.NDArray[np.float64]:
+        """Probability that a right answer is among the first `k`: float64 (Q,)."""
+        return recall_with_ties(self.above, self.tied_wrong, self.tied_right, k)
+
+    def chance(self, k: int) -> npt.NDArray[np.float64]:
+        """The same for a random order of the whole gallery (hypergeometric, exact): float64 (Q,)."""
+        return recall_with_ties(np.zeros_like(self.right), self.gallery - self.right, self.right, k)
+
+    def reciprocal(self) -> npt.NDArray[np.float64]:
+        """Mean of 1 / rank over all orders of the ties: float64 (Q,)."""
+        return _reciprocal(self.above, self.tied_wrong, self.tied_right)
+
+    def chance_reciprocal(self) -> npt.NDArray[np.float64]:
+        """The same for a random order of the whole gallery: float64 (Q,)."""
+        return _reciprocal(np.zeros_like(self.right), self.gallery - self.right, self.right)
+
+
+def recall_with_ties(
+    above: npt.NDArray[np.int64], wrong: npt.NDArray[np.int64], right: npt.NDArray[np.int64], k: int
+) -> npt.NDArray[np.float64]:
+    """1 - C(wrong, m) / C(wrong + right, m) with m = k - above places left for the tied answers."""
+    places = np.clip(k - above, 0, None)
+    all_wrong = np.ones(len(above))
+    for taken in range(int(places.max(initial=0))):
+        still = taken < places
+        factor = (wrong - taken) / np.maximum(wrong + right - taken, 1)
+        all_wrong = np.where(still, all_wrong * np.clip(factor, 0.0, 1.0), all_wrong)
+    return 1.0 - all_wrong
+
+
+def _reciprocal(
+    above: npt.NDArray[np.int64], wrong: npt.NDArray[np.int64], right: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    out = np.empty(len(above))
+    cases, inverse = np.unique(np.stack([above, wrong, right]), axis=1, return_inverse=True)
+    for number, (before, t, p) in enumerate(cases.T.tolist()):
+        places = np.arange(t + 1)
+        # P(first right answer at place j) = [t! / (t-j)!] [(t+p-j-1)! / (t+p)!] p, built up by ratios
+        ratios = np.ones(t + 1)
+        ratios[1:] = (t - places[:-1]) / (t + p - 1 - places[:-1])
+        probability = np.cumprod(ratios) * p / (t + p)
+        out[inverse.reshape(-1) == number] = (probability / (before + 1 + places)).sum()
+    return out
+
+
+def group_ids(*columns: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+    """Number items so that those which share an entry in any column (and chains of them) share a number.
+
+    Two images of one entity, or two entities with one caption, are each other's right answers: no
+    retrieval could tell them apart.
+    """
+    count = len(columns[0])
+    parent = list(range(count))
+
+    def root(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for column in columns:
+        first: dict[Hashable, int] = {}
+        for item, entry in enumerate(column):
+            if (other := first.setdefault(entry, item)) != item:
+                a, b = root(other), root(item)
+                parent[max(a, b)] = min(a, b)
+    return np.array([root(item) for item in range(count)], dtype=np.int64)
+
+
+@torch.no_grad()
+def rank_positives(
+    queries: Tensor,
+    gallery: Tensor,
+    query_groups: npt.NDArray[np.int64],
+    gallery_groups: npt.NDArray[np.int64],
+    *,
+    tolerance: float = TIE_TOLERANCE,
+) -> Ranks:
+    """Rank the best right answer of every query by cosine similarity, in chunks of queries.
+
+    Args:
+        queries: (Q, D) embeddings; any norm.
+        gallery: (G, D) embeddings.
+        query_groups: (Q,); the right answers of a query are the gallery entries of its group.
+        gallery_groups: (G,).
+        tolerance: similarities that differ by less count as equal.
+
+    Raises:
+        ModelError: an embedding has NaN or infinite values (every comparison with NaN would look won).
+        ValueError: shapes do not agree, or a query has no right answer in the gallery.
+    """
+    if len(queries) != len(query_groups) or len(gallery) != len(gallery_groups):
+        raise ValueError(
+            f"one group per embedding: got {len(queries)} queries with {len(query_groups)} groups and "
+            f"{len(gallery)} gallery entries with {len(gallery_groups)}"
+        )
+    for name, value in (("query", queries), ("gallery", gallery)):
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"a {name} embedding has NaN or infinite values; the model or the store is damaged"
+            )
+    q = torch.nn.functional.normalize(queries.float(), dim=1)
+    g = torch.nn.functional.normalize(gallery.float(), dim=1)
+    q_groups = torch.from_numpy(np.asarray(query_groups, np.int64)).to(q.device)
+    g_groups = torch.from_numpy(np.asarray(gallery_groups, np.int64)).to(q.device)
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, len(g)))
+    columns: list[Tensor] = []
+    for start in range(0, len(q), chunk):
+        similarity = q[start : start + chunk] @ g.T
+        right = q_groups[start : start + chunk, None] == g_groups[None]
+        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        tied = (similarity - best).abs() <= tolerance
+        above = (similarity > best) & ~tied & ~right
+        counts = (above.sum(1), (tied & ~right).sum(1), (tied & right).sum(1), right.sum(1))
+        columns.append(torch.stack(counts))
+    merged = torch.cat(columns, dim=1).cpu().numpy() if columns else np.zeros((4, 0), np.int64)
+    if (merged[3] == 0).any():
+        raise ValueError(f"{int((merged[3] == 0).sum())} queries have no right answer in the gallery")
+    return Ranks(merged[0], merged[1], merged[2], merged[3], len(g))
+
+
+def summarise(
+    ranks: Ranks, *, ks: Sequence[int] = KS, seed: int = 0, resamples: int = 1000
+) -> dict[str, Any]:
+    """Measures of one direction as JSON values.
+
+    Returns:
+        queries, gallery; `recall`, `chance` and `interval` (95 % bootstrap over queries) by k as string;
+        mrr, chance_mrr, median_rank.
+    """
+    weights = _bootstrap_weights(len(ranks.above), resamples, seed)
+    recall, chance, interval = {}, {}, {}
+    for k in ks:
+        values = ranks.recall(k)
+        low, high = np.percentile(weights @ values, [2.5, 97.5])
+        recall[str(k)] = float(values.mean())
+        chance[str(k)] = float(ranks.chance(k).mean())
+        interval[str(k)] = [float(low), float(high)]
+    return {
+        "queries": len(ranks.above),
+        "gallery": ranks.gallery,
+        "recall": recall,
+        "chance": chance,
+        "interval": interval,
+        "mrr": float(ranks.reciprocal().mean()),
+        "chance_mrr": float(ranks.chance_reciprocal().mean()),
+        "median_rank": float(np.median(ranks.expected_rank())),
+    }
+
+
+def _bootstrap_weights(queries: int, resamples: int, seed: int) -> npt.NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, queries, (resamples, queries))
+    weights = np.zeros((resamples, queries), np.float32)
+    np.add.at(weights, (np.arange(resamples)[:, None], drawn), np.float32(1 / queries))
+    return weights
