@@ -1,0 +1,296 @@
+"""A decoder LLM as caption encoder: bidirectional attention, pooling, LoRA, fast encoding."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip.errors import ModelError
+from llm2clip.files import atomic_path, write_json
+from llm2clip.models import bidirectional as attention
+from llm2clip.models import lora
+from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
+from llm2clip.models.llm_files import DTYPES, ENCODER_CONFIG, load_llm, read_encoder_config, write_llm
+from llm2clip.models.pooling import pool
+from llm2clip.models.tokens import CaptionBatch, CaptionTokenizer, Tokens, collate, token_batches
+from llm2clip.progress import Progress
+from llm2clip.settings import LLMSettings, LoraSettings, Pooling, Precision
+
+_DEFAULTS: dict[str, Any] = {"bidirectional": True, "pooling": "mean", "max_length": 512, "prompt": ""}
+
+
+class CaptionEncoder(nn.Module):
+    """Embeds captions with a decoder LLM.
+
+    Build it with `from_pretrained` or `from_settings`; the constructor takes loaded transformers objects.
+
+    Attributes:
+        model: the transformers base model, or the peft model around it once an adapter is there.
+        tokenizer: the transformers tokenizer.
+        dim: width of the embeddings.
+        truncated: captions cut by `tokenize` and `encode` so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        bidirectional: bool = True,
+        pooling: Pooling = "mean",
+        max_length: int = 512,
+        prompt: str = "",
+    ) -> None:
+        super().__init__()
+        if pooling not in ("mean", "weighted_mean", "eos"):
+            raise ModelError(f"pooling must be mean, weighted_mean or eos, got {pooling!r}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bidirectional, self.pooling, self.max_length, self.prompt = (
+            bidirectional,
+            pooling,
+            max_length,
+            prompt,
+        )
+        self.dim = int(lora.base_model(model).config.hidden_size)
+        self.truncated = 0
+        self._captions = CaptionTokenizer(
+            tokenizer, max_length=max_length, prompt=prompt, needs_eos=pooling == "eos"
+        )
+        attention.set_attention(lora.base_model(model), bidirectional=bidirectional)
+        attention.verify_attention(lora.base_model(model), bidirectional=bidirectional)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        gguf_file: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        bidirectional: bool | None = None,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        dtype: Precision = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> CaptionEncoder:
+        """Load an encoder from a local transformers directory or GGUF file.
+
+        Args:
+            path: model directory, or the folder of `gguf_file`.
+            gguf_file: GGUF file inside `path`.
+            adapter: peft LoRA directory to put on the model (frozen; `add_lora` makes it trainable).
+            bidirectional, pooling, max_length, prompt: None takes what llm2clip_config.json beside the
+                adapter or model records, else True, "mean", 512 and "". A value that differs from the
+                record is used, with a warning.
+            dtype: precision of the LLM's weights.
+            device: where the model goes.
+
+        Raises:
+            ModelError: the model or adapter cannot be used, the adapter was trained on another base, or a
+                layer does not follow the asked attention direction.
+        """
+        model, tokenizer = load_llm(path, gguf_file, DTYPES[dtype])
+        recorded = read_encoder_config(adapter if adapter else path)
+        given = {
+            "bidirectional": bidirectional,
+            "pooling": pooling,
+            "max_length": max_length,
+            "prompt": prompt,
+        }
+        options = {name: _choose(name, value, recorded) for name, value in given.items()}
+        if adapter:
+            _check_base(model, recorded, adapter)
+            model = lora.load_adapter(model, adapter)
+        return cls(model.to(device), tokenizer, **options).eval()
+
+    @classmethod
+    def from_settings(cls, settings: LLMSettings, device: str | torch.device = "cpu") -> CaptionEncoder:
+        """Load the encoder that a configuration describes."""
+        return cls.from_pretrained(
+            settings.path,
+            gguf_file=settings.gguf_file,
+            adapter=settings.adapter or None,
+            bidirectional=settings.bidirectional,
+            pooling=settings.pooling,
+            max_length=settings.max_length,
+            prompt=settings.prompt,
+            dtype=settings.dtype,
+            device=device,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Add fresh LoRA adapters and freeze the rest; an adapter that is already loaded is trained on.
+
+        Raises:
+            ModelError: no target layer matches, or a loaded adapter has another rank or alpha.
+        """
+        if not lora.is_peft(self.model):
+            self.model = lora.add_lora(self.model, settings)
+            return
+        loaded: Any = self.model
+        config = loaded.peft_config["default"]
+        if (config.r, float(config.lora_alpha)) != (settings.rank, float(settings.alpha)):
+            raise ModelError(
+                f"the loaded adapter has rank {config.r} and alpha {config.lora_alpha}, the settings ask "
+                "for rank "
+                f"{settings.rank} and alpha {settings.alpha}. Use the same, or merge it first "
+                "(save_pretrained)."
+            )
+        config.inference_mode = False
+        for name, parameter in loaded.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokenise captions and count those that are cut.
+
+        Raises:
+            ValueError: an empty caption; the message names its index.
+        """
+        tokens = self._captions(texts)
+        self.truncated += sum(t.truncated for t in tokens)
+        return tokens
+
+    def collate(self, tokens: Sequence[Tokens], device: torch.device | str | None = None) -> CaptionBatch:
+        """Pad captions on the right into one batch, on `device` (default: the model's)."""
+        return collate(tokens, self._captions.pad_id, self.device if device is None else device)
+
+    def forward(self, batch: CaptionBatch) -> Tensor:
+        """Embed a batch: (B, dim) fp32, not normalised, differentiable."""
+        base = lora.base_model(self.model)
+        mask = attention.attention_mask(base, batch.attention_mask, bidirectional=self.bidirectional)
+        output = self.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+        return pool(output.last_hidden_state, batch.pool_mask, self.pooling)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        token_budget: int = 4096,
+        normalize: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Embed captions without gradients, in evaluation mode.
+
+        Captions are batched by length, so next to nothing is spent on padding; the result is in the order
+        of `texts`. An embedding does not depend on what it was batched with, up to rounding.
+
+        Args:
+            texts: captions; one string is refused.
+            token_budget: largest number of tokens in one forward pass, padding included.
+            normalize: scale embeddings to unit length.
+            progress: counts captions as they are done.
+
+        Returns:
+            (len(texts), dim) fp32 on the CPU.
+
+        Raises:
+            ValueError: an empty caption; the message names its index.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of captions, got one string; write encode([caption])")
+        tokens = self.tokenize(texts)
+        result = torch.empty(len(tokens), self.dim, dtype=torch.float32)
+        training = self.training
+        self.eval()
+        try:
+            for indices in token_batches([len(t.ids) for t in tokens], token_budget):
+                embeddings = self(self.collate([tokens[i] for i in indices]))
+                if normalize:
+                    embeddings = nn.functional.normalize(embeddings, dim=-1)
+                result[indices] = embeddings.float().cpu()
+                if progress is not None:
+                    progress.update(len(indices))
+        finally:
+            self.train(training)
+        return result
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the embeddings depend on; equal fingerprints mean equal embeddings. Hashes every weight."""
+        base = lora.base_model(self.model)
+        return {
+            "model_type": str(base.config.model_type),
+            "dim": self.dim,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == next(base.parameters()).dtype),
+            "weights": tensors_digest(lora.base_tensors(self.model)),
+            "adapter": lora.adapter_digest(self.model),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            **self._options(),
+        }
+
+    def save_adapter(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter as a plain peft directory plus llm2clip_config.json, atomically."""
+        if not lora.is_peft(self.model):
+            raise ModelError("there is no adapter to save; call add_lora first or use save_pretrained")
+        adapted: Any = self.model
+        base = {
+            "model_type": str(lora.base_model(adapted).config.model_type),
+            "weights_bf16": _base_digest(adapted),
+        }
+        with atomic_path(path) as folder:
+            folder.mkdir()
+            # "auto" would look for the base model on the hub
+            adapted.save_pretrained(folder, save_embedding_layers=False)
+            write_json(folder / ENCODER_CONFIG, {**self._options(), "base": base})
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a plain transformers directory with the adapter merged in, atomically.
+
+        It loads with `transformers.AutoModel` alone (the attention direction is in config.json) and with
+        `from_pretrained`, which finds pooling, prompt and length limit in llm2clip_config.json.
+        """
+        model: Any = self.model
+        if lora.is_peft(model):
+            model = copy.deepcopy(model).merge_and_unload()
+        write_llm(model, self.tokenizer, path, extra=self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "bidirectional": self.bidirectional,
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "prompt": self.prompt,
+        }
+
+
+def _choose(name: str, given: Any, recorded: dict[str, Any]) -> Any:
+    if given is None:
+        return recorded.get(name, _DEFAULTS[name])
+    if name in recorded and recorded[name] != given:
+        warnings.warn(
+            f"{name}={given!r} differs from {recorded[name]!r}, with which the model was trained",
+            stacklevel=3,
+        )
+    return given
+
+
+def _base_digest(model: nn.Module) -> str:
+    # in bf16, so that an adapter trained on fp32 weights also fits the same base loaded in bf16
+    return tensors_digest(lora.base_tensors(model), dtype=torch.bfloat16)
+
+
+def _check_base(model: nn.Module, recorded: dict[str, Any], adapter: str | os.PathLike[str]) -> None:
+    base = recorded.get("base")
+    if not base:  # made by another program: only names and shapes can be checked
+        return
+    config: Any = model.config
+    if base.get("weights_bf16") != _base_digest(model):
+        raise ModelError(
+            f"the adapter in {os.fspath(adapter)} was trained on another base model "
+            f"({base.get('model_type')}, "
+            f"weights {base.get('weights_bf16')}) than this one ({config.model_type}). Give llm.path the "
+            "model "
+            "that the adapter was trained on."
+        )

