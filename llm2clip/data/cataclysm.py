@@ -18,8 +18,10 @@ from PIL import Image
 from llm2clip.data.debian import download_package, unpack_package
 from llm2clip.data.game_data import (
     Entity,
+    Tileset,
     clean_text,
     cut_sprites,
+    depicted_entity,
     read_entities,
     read_tileset,
     read_translations,
@@ -63,6 +65,7 @@ from the texts. What you derive from these shards and pass on must carry the sam
 
 @dataclass(slots=True)
 class _Picture:
+    tile: str
     entity: Entity
     tileset: str
     png: bytes
@@ -137,7 +140,7 @@ def _build(out: Path, files: Path, package: str, options: dict[str, Any]) -> dic
     for tile in {picture.entity.tile for picture in pictures}:
         translated[tile] = _record(entities[tile], groups[tile], catalogues)
     # a fixed pseudo-random order mixes kinds and tilesets within every shard
-    pictures.sort(key=lambda picture: _hash(f"{picture.entity.tile}\0{picture.tileset}"))
+    pictures.sort(key=lambda picture: _hash(f"{picture.tile}\0{picture.tileset}"))
     val_groups = _held_out(set(groups.values()), options["val_share"])
     out.mkdir(parents=True, exist_ok=True)
     for stale in [*out.glob("train-*.tar"), *out.glob("val-*.tar")]:
@@ -151,7 +154,7 @@ def _build(out: Path, files: Path, package: str, options: dict[str, Any]) -> dic
                 "license": LICENSE,
                 "attribution": ATTRIBUTION.format(tileset=picture.tileset),
             }
-            writers[split].add(_key(picture.entity.tile, picture.tileset), picture.png, "png", record)
+            writers[split].add(_key(picture.tile, picture.tileset), picture.png, "png", record)
     shards = {split: [path.name for path in writer.close()] for split, writer in writers.items()}
     copyright_file = next(iter(sorted(files.rglob("copyright"))), None)
     notice = copyright_file.read_text(encoding="utf-8", errors="replace") if copyright_file else ""
@@ -179,31 +182,34 @@ def _pictures(gfx: Path, entities: Mapping[str, Entity], names: Iterable[str]) -
     if unknown:
         raise DataError(f"the package has no tileset {', '.join(unknown)}; it has {', '.join(present)}")
     tilesets = [read_tileset(gfx / name) for name in names]
-    wanted = [
-        {
-            name: sprite
-            for name, sprite in tileset.tiles.items()
-            if name in entities and tileset.uses[sprite] <= MAX_SHARED
-        }
-        for tileset in tilesets
-    ]
+    owners = [_owners(tileset, entities) for tileset in tilesets]
+    total = sum(len(tiles) for sprites in owners for tiles in sprites.values())
     pictures: list[_Picture] = []
     known: set[tuple[str, bytes]] = set()
-    with Progress(sum(map(len, wanted)), "cutting sprites", "sprites") as progress:
-        for tileset, tiles in zip(tilesets, wanted, strict=True):
-            owners: dict[int, list[str]] = defaultdict(list)
-            for name, sprite in tiles.items():
-                owners[sprite].append(name)
-            for sprite, image in cut_sprites(tileset, set(owners)):
+    with Progress(total, "cutting sprites", "sprites") as progress:
+        for tileset, sprites in zip(tilesets, owners, strict=True):
+            for sprite, image in cut_sprites(tileset, set(sprites)):
                 png, content = _encode(image)
-                for name in owners[sprite]:
+                for tile, entity in sprites[sprite]:
                     # tilesets borrow from each other; the same picture of the same thing counts once
-                    if (name, content) not in known:
-                        known.add((name, content))
-                        pictures.append(_Picture(entities[name], tileset.name, png, content))
-                progress.update(len(owners[sprite]))
+                    if (entity, content) not in known:
+                        known.add((entity, content))
+                        pictures.append(_Picture(tile, entities[entity], tileset.name, png, content))
+                progress.update(len(sprites[sprite]))
     shared = Counter(picture.content for picture in pictures)
     return [picture for picture in pictures if shared[picture.content] <= MAX_SHARED]
+
+
+def _owners(tileset: Tileset, entities: Mapping[str, Entity]) -> dict[int, list[tuple[str, str]]]:
+    """Sprite -> (tile, entity) pairs, without the sprites that stand for too many different things."""
+    uses: dict[int, set[str]] = defaultdict(set)
+    owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for tile, sprite in tileset.tiles.items():
+        entity = depicted_entity(tile, entities)
+        uses[sprite].add(entity or tile)
+        if entity is not None:
+            owners[sprite].append((tile, entity))
+    return {sprite: tiles for sprite, tiles in owners.items() if len(uses[sprite]) <= MAX_SHARED}
 
 
 def _encode(image: Image.Image) -> tuple[bytes, bytes]:

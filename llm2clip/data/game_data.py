@@ -5,7 +5,6 @@ from __future__ import annotations
 import gettext
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +151,19 @@ def translate(catalogue: gettext.GNUTranslations, phrase: Phrase) -> str | None:
     return None
 
 
+def depicted_entity(tile: str, entities: Mapping[str, Entity]) -> str | None:
+    """The entity that a tile shows: its own id, that of a season or of a variant of a vehicle part."""
+    base = tile.partition("_season_")[0]
+    if base in entities or not base.startswith("vp_"):
+        return base if base in entities else None
+    # vp_frame_horizontal_front is a frame: drop words from the end until an entity is left
+    while base.count("_") > 1:
+        base = base.rpartition("_")[0]
+        if base in entities:
+            return base
+    return None
+
+
 @dataclass(slots=True)
 class Tileset:
     """The sprites of one tileset: tile id -> sprite index, over all sheets in order."""
@@ -159,7 +171,6 @@ class Tileset:
     name: str
     sheets: list[tuple[int, Path, int, int]] = field(default_factory=list)  # first index, file, width, height
     tiles: dict[str, int] = field(default_factory=dict)
-    uses: Counter[int] = field(default_factory=Counter)  # ids per sprite
 
 
 def read_tileset(directory: Path) -> Tileset:
@@ -190,7 +201,6 @@ def read_tileset(directory: Path) -> Tileset:
             names = tile.get("id")
             for name in names if isinstance(names, list) else [names]:
                 if isinstance(name, str) and not name.startswith("overlay_"):
-                    tileset.uses[sprite] += name not in tileset.tiles
                     tileset.tiles.setdefault(name, sprite)
     return tileset
 

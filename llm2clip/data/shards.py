@@ -59,7 +59,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     """
     if _host is None:
         return index_tar_python(path)
-    names, offsets, sizes, refused, damage = _host.index_tar(os.fspath(path))
+    names, offsets, sizes, refused, damage = _host.index_tar(os.fsencode(path))
     return TarIndex(
         [_text(name) for name in names], offsets, sizes, [(_text(name), why) for name, why in refused], damage
     )
@@ -110,7 +110,7 @@ def _scan(descriptor: int, end: int, index: TarIndex) -> None:
             position = body + _padded(size)
             continue
         if b"size" in pax:
-            size = int(pax[b"size"]) if pax[b"size"].isdigit() else -1
+            size = _decimal(pax[b"size"])
         name = pax.get(b"path") or long_name or _short_name(header)
         long_name, pax = None, {}
         if size < 0:
@@ -165,6 +165,12 @@ def _number(data: bytes) -> int:
     if not digits:
         return 0
     return int(digits, 8) if all(48 <= digit < 56 for digit in digits) else -1
+
+
+def _decimal(digits: bytes) -> int:
+    # longer than any file: damage, and int() refuses thousands of digits
+    value = int(digits) if digits.isdigit() and len(digits) < 20 else -1
+    return value if value < 1 << 58 else -1
 
 
 def _short_name(header: bytes) -> bytes:
