@@ -1,0 +1,362 @@
+// similarity_lse on the CPU: row and column log-sum-exp of scale·x·yᵀ, and its gradients, by tiles.
+//
+// The tile products are torch's own GEMM; a tile never leaves the cache before its exponentials are taken.
+// One constant shift c = max(0, bound - 70) with bound >= |logit| (Cauchy-Schwarz) serves every row and
+// column, so there is one exp per pair and partial sums merge by addition. Where a sum is too small for
+// that (its terms may have underflowed), or the bound is not finite, a running maximum is kept instead.
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "similarity_rows.h"
+
+namespace llm2clip {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// rows of a tile handled by one thread at a time; fixed, so results do not depend on the thread count
+constexpr int64_t kBlock = 64;
+// exp(70) times 1e8 columns stays below the largest float
+constexpr double kHeadroom = 70.0;
+// below log(1e-26) relative to the shift, flushed terms could matter
+constexpr double kLowestSum = -59.8;
+
+Tensor product_view(const Tensor& t, int64_t start, int64_t count) {
+  return torch::stable::narrow(const_cast<Tensor&>(t), 0, start, count);
+}
+
+// out = a·b, or out += a·b
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (accumulate) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), /*beta=*/1.0, /*alpha=*/1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  }
+}
+
+Tensor flat_floats(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count}, ScalarType::Float);
+}
+
+float* data(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
+}
+
+// the first rows·cols floats of `buffer` as a matrix
+Tensor as_matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
+  return torch::stable::view(product_view(buffer, 0, rows * cols), {rows, cols});
+}
+
+template <class Body>
+void for_each_block(int64_t rows, const Body& body) {
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(b, b * kBlock, std::min(kBlock, rows - b * kBlock));
+  });
+}
+
+double largest_norm(const Tensor& x) {
+  const int64_t rows = x.size(0);
+  const int64_t dim = x.size(1);
+  const float* values = data(x);
+  std::vector<double> largest((rows + kBlock - 1) / kBlock, 0.0);
+  for_each_block(rows, [&](int64_t b, int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i) {
+      const float* row = values + i * dim;
+      double squares[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      int64_t k = 0;
+      for (; k + 8 <= dim; k += 8) {
+        for (int64_t l = 0; l < 8; ++l) squares[l] += static_cast<double>(row[k + l]) * row[k + l];
+      }
+      for (; k < dim; ++k) squares[0] += static_cast<double>(row[k]) * row[k];
+      double total = 0;
+      for (double s : squares) total += s;
+      // written so that NaN wins and stays
+      if (!(total <= largest[b])) largest[b] = total;
+    }
+  });
+  double result = 0;
+  for (double l : largest) {
+    if (!(l <= result)) result = l;
+  }
+  return std::sqrt(result);
+}
+
+// c such that every logit - c <= 70, or NaN where no finite c exists
+float static_shift(const Tensor& x, const Tensor& y, double scale) {
+  // 1 + 1e-5 covers the rounding of the float dot products themselves
+  const double bound = std::abs(scale) * largest_norm(x) * largest_norm(y) * (1 + 1e-5);
+  if (!(bound < 1e30)) return std::numeric_limits<float>::quiet_NaN();
+  // rounded to float here, so that forward and backward take the same decision from the same number
+  return static_cast<float>(std::max(0.0, bound - kHeadroom));
+}
+
+bool is_safe(const Tensor& lse, double shift) {
+  const float* values = data(lse);
+  for (int64_t i = 0; i < lse.numel(); ++i) {
+    if (!(values[i] - shift >= kLowestSum) || !std::isfinite(values[i])) return false;
+  }
+  return true;
+}
+
+struct Tiles {
+  int64_t rows, cols, height, width;
+  Tiles(const Tensor& x, const Tensor& y, int64_t tile)
+      : rows(x.size(0)), cols(y.size(0)), height(std::min(tile, rows)), width(std::min(tile, cols)) {}
+
+  template <class Body>
+  void each(const Body& body) const {
+    for (int64_t r = 0; r < rows; r += height) {
+      for (int64_t c = 0; c < cols; c += width) {
+        body(r, std::min(height, rows - r), c, std::min(width, cols - c));
+      }
+    }
+  }
+};
+
+void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Tensor& row,
+             const Tensor& col, const Tensor& cache) {
+  const bool columns = col.numel() > 0;
+  const bool cached = cache.numel() > 0;
+  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
+  std::vector<double> row_sum(tiles.rows, 0.0);
+  std::vector<double> col_sum(columns ? tiles.cols : 0, 0.0);
+  std::vector<float> partial(columns ? (tiles.height + kBlock - 1) / kBlock * tiles.width : 0);
+  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
+    const Tensor tile = as_matrix(buffer, m, n);
+    multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
+    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
+      row_kernels().sum(
+          {data(tile) + first * n, count, n, static_cast<float>(scale), shift,
+           row_sum.data() + r + first, columns ? partial.data() + b * n : nullptr,
+           cached ? data(cache) + (r + first) * tiles.cols + c : nullptr, tiles.cols});
+    });
+    if (!columns) return;
+    const int64_t blocks = (m + kBlock - 1) / kBlock;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t j = 0; j < n; ++j) col_sum[c + j] += partial[b * n + j];
+    }
+  });
+  const double c = shift;
+  for (int64_t i = 0; i < tiles.rows; ++i) data(row)[i] = static_cast<float>(std::log(row_sum[i]) + c);
+  for (size_t j = 0; j < col_sum.size(); ++j) data(col)[j] = static_cast<float>(std::log(col_sum[j]) + c);
+}
+
+void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Tensor& row,
+                    const Tensor& col) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  const bool columns = col.numel() > 0;
+  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
+  std::vector<double> row_sum(tiles.rows, 0.0);
+  std::vector<float> row_max(tiles.rows, kLowest);
+  std::vector<double> col_sum(columns ? tiles.cols : 0, 0.0);
+  std::vector<float> col_max(columns ? tiles.cols : 0, kLowest);
+  const size_t partials = columns ? (tiles.height + kBlock - 1) / kBlock * tiles.width : 0;
+  std::vector<float> partial_sum(partials);
+  std::vector<float> partial_max(partials);
+  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
+    const Tensor tile = as_matrix(buffer, m, n);
+    multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
+    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
+      row_kernels().online(
+          {data(tile) + first * n, count, n, static_cast<float>(scale), row_max.data() + r + first,
+           row_sum.data() + r + first, columns ? partial_max.data() + b * n : nullptr,
+           columns ? partial_sum.data() + b * n : nullptr});
+    });
+    if (!columns) return;
+    const int64_t blocks = (m + kBlock - 1) / kBlock;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t j = 0; j < n; ++j) {
+        const float before = col_max[c + j];
+        const float after = std::max(before, partial_max[b * n + j]);
+        const double shift = finite_shift(after);
+        const double kept = col_sum[c + j] == 0.0 ? 0.0 : col_sum[c + j] * std::exp(finite_shift(before) - shift);
+        col_sum[c + j] = kept + partial_sum[b * n + j] * std::exp(finite_shift(partial_max[b * n + j]) - shift);
+        col_max[c + j] = after;
+      }
+    }
+  });
+  for (int64_t i = 0; i < tiles.rows; ++i) {
+    data(row)[i] = static_cast<float>(std::log(row_sum[i]) + finite_shift(row_max[i]));
+  }
+  for (size_t j = 0; j < col_sum.size(); ++j) {
+    data(col)[j] = static_cast<float>(std::log(col_sum[j]) + finite_shift(col_max[j]));
+  }
+}
+
+void check_inputs(const Tensor& x, const Tensor& y) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && y.scalar_type() == ScalarType::Float,
+                  "similarity_lse: the CPU kernel takes float32");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "similarity_lse: x (M, D), y (N, D)");
+  STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), "similarity_lse: inputs must be contiguous");
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale, bool columns, bool cached,
+                                           int64_t tile) {
+  check_inputs(x, y);
+  const Tiles tiles(x, y, tile);
+  Tensor row = flat_floats(x, tiles.rows);
+  Tensor col = flat_floats(x, columns ? tiles.cols : 0);
+  Tensor cache = flat_floats(x, cached ? tiles.rows * tiles.cols : 0);
+  const float shift = static_shift(x, y, scale);
+  if (std::isfinite(shift)) {
+    sum_all(x, y, scale, shift, tiles, row, col, cache);
+    if (is_safe(row, shift) && is_safe(col, shift)) return {row, col, cache};
+  }
+  sum_all_online(x, y, scale, tiles, row, col);
+  return {row, col, cache};
+}
+
+double weighted_dot(const Tensor& a, const Tensor& b) {
+  const int64_t rows = a.size(0);
+  const int64_t dim = a.size(1);
+  std::vector<double> partial((rows + kBlock - 1) / kBlock, 0.0);
+  for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
+    const float* p = data(a) + first * dim;
+    const float* q = data(b) + first * dim;
+    double total = 0;
+    for (int64_t k = 0; k < count * dim; ++k) total += static_cast<double>(p[k]) * q[k];
+    partial[block] = total;
+  });
+  double total = 0;
+  for (double p : partial) total += p;
+  return total;
+}
+
+void multiply_by(const Tensor& t, double factor) {
+  const int64_t dim = t.size(1);
+  for_each_block(t.size(0), [&](int64_t, int64_t first, int64_t count) {
+    float* values = data(t) + first * dim;
+    for (int64_t k = 0; k < count * dim; ++k) values[k] *= static_cast<float>(factor);
+  });
+}
+
+// gradient of a log-sum-exp times exp(shift - lse), so that G is one product per pair
+std::vector<float> shifted_factors(const Tensor& gradient, const Tensor& lse, double shift) {
+  std::vector<float> out(gradient.numel());
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = static_cast<float>(data(gradient)[i] * std::exp(shift - data(lse)[i]));
+  }
+  return out;
+}
+
+bool all_below(const std::vector<float>& values, float limit) {
+  return std::all_of(values.begin(), values.end(), [&](float v) { return std::abs(v) < limit; });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g_col, const Tensor& g_pos,
+                                            const Tensor& x, const Tensor& y, double scale, const Tensor& row_lse,
+                                            const Tensor& col_lse, const Tensor& cache, int64_t diagonal, bool need_x,
+                                            bool need_y, bool need_scale, int64_t tile) {
+  check_inputs(x, y);
+  const Tiles tiles(x, y, tile);
+  const bool columns = g_col.numel() > 0;
+  const float shift = static_shift(x, y, scale);
+  GradMode mode = GradMode::kOnline;
+  std::vector<float> row_factor;
+  std::vector<float> col_factor;
+  if (std::isfinite(shift) && is_safe(row_lse, shift) && is_safe(col_lse, shift)) {
+    row_factor = shifted_factors(g_row, row_lse, shift);
+    if (columns) col_factor = shifted_factors(g_col, col_lse, shift);
+    // a huge upstream gradient (loss scaling) could overflow the factor although its product would not
+    if (all_below(row_factor, 1e37f) && all_below(col_factor, 1e37f)) mode = GradMode::kStatic;
+  }
+  if (mode == GradMode::kOnline) {
+    row_factor.assign(data(g_row), data(g_row) + tiles.rows);
+    col_factor.assign(data(g_col), data(g_col) + g_col.numel());
+  }
+  // from the cache dscale comes out of dx or dy; alone it needs the logits
+  if (mode == GradMode::kStatic && cache.numel() > 0 && (need_x || need_y)) mode = GradMode::kCached;
+
+  Tensor dx = torch::stable::new_empty(x, {need_x ? tiles.rows : 0, x.size(1)}, ScalarType::Float);
+  Tensor dy = torch::stable::new_empty(y, {need_y ? tiles.cols : 0, y.size(1)}, ScalarType::Float);
+  Tensor dscale = flat_floats(x, need_scale ? 1 : 0);
+  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
+  std::vector<double> partial((tiles.height + kBlock - 1) / kBlock, 0.0);
+  const bool sum_scale = need_scale && mode != GradMode::kCached;
+  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
+    const Tensor g = as_matrix(buffer, m, n);
+    const Tensor x_rows = product_view(x, r, m);
+    const Tensor y_rows = product_view(y, c, n);
+    if (mode != GradMode::kCached) multiply(g, x_rows, torch::stable::transpose(y_rows, 0, 1), false);
+    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
+      GradRows a{};
+      a.in = mode == GradMode::kCached ? data(cache) + (r + first) * tiles.cols + c : data(g) + first * n;
+      a.in_stride = mode == GradMode::kCached ? tiles.cols : n;
+      a.out = data(g) + first * n;
+      a.rows = count;
+      a.cols = n;
+      a.scale = static_cast<float>(scale);
+      a.shift = shift;
+      a.row_factor = row_factor.data() + r + first;
+      a.col_factor = columns ? col_factor.data() + c : nullptr;
+      a.row_lse = data(row_lse) + r + first;
+      a.col_lse = columns ? data(col_lse) + c : nullptr;
+      a.g_pos = g_pos.numel() > 0 ? data(g_pos) + r + first : nullptr;
+      a.positive = diagonal + r + first - c;
+      a.scale_gradient = sum_scale ? partial.data() + b : nullptr;
+      row_kernels().grad(a, mode);
+    });
+    if (need_x) multiply(product_view(dx, r, m), g, y_rows, c > 0);
+    if (need_y) multiply(product_view(dy, c, n), torch::stable::transpose(g, 0, 1), x_rows, r > 0);
+  });
+  if (need_scale) {
+    double total = 0;
+    if (sum_scale) {
+      for (double p : partial) total += p;
+    } else {
+      total = need_x ? weighted_dot(x, dx) : weighted_dot(y, dy);
+    }
+    data(dscale)[0] = static_cast<float>(total);
+  }
+  if (need_x) multiply_by(dx, scale);
+  if (need_y) multiply_by(dy, scale);
+  return {dx, dy, dscale};
+}
+
+// log-sum-exp from partial sums (K, N) of exp(logit - shift); flag becomes 1 where a sum cannot be trusted
+Tensor lse_from_slabs(const Tensor& slabs, const Tensor& shift, Tensor flag) {
+  STD_TORCH_CHECK(slabs.dim() == 2 && slabs.is_contiguous() && slabs.scalar_type() == ScalarType::Float,
+                  "lse_from_slabs: slabs (K, N) float32, contiguous");
+  STD_TORCH_CHECK(flag.scalar_type() == ScalarType::Int && flag.numel() == 1, "lse_from_slabs: flag int32, 1 element");
+  const int64_t count = slabs.size(1);
+  Tensor out = flat_floats(slabs, count);
+  const float c = data(shift)[0];
+  for (int64_t j = 0; j < count; ++j) {
+    float total = 0;
+    for (int64_t k = 0; k < slabs.size(0); ++k) total += data(slabs)[k * count + j];
+    if (!(total >= 1e-26f) || !std::isfinite(total)) *static_cast<int32_t*>(flag.data_ptr()) = 1;
+    data(out)[j] = std::log(total) + c;
+  }
+  return out;
+}
+
+std::string cpu_capability() {
+  return row_kernels().name;
+}
+
+}  // namespace
+}  // namespace llm2clip
+
+STABLE_TORCH_LIBRARY_IMPL(llm2clip_native, CPU, m) {
+  m.impl("similarity_lse_forward", TORCH_BOX(&llm2clip::forward));
+  m.impl("similarity_lse_backward", TORCH_BOX(&llm2clip::backward));
+  m.impl("lse_from_slabs", TORCH_BOX(&llm2clip::lse_from_slabs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llm2clip_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&llm2clip::cpu_capability));
+}

@@ -1,0 +1,176 @@
+#include "similarity_rows.h"
+
+#include <cmath>
+#include <limits>
+
+#include "simd_exp.h"
+
+namespace llm2clip {
+namespace {
+
+// a logit that exp takes to zero, for the lanes past the end of a row
+constexpr float kNothing = -1e30f;
+
+// calls body(column, logits, count) over a row, sixteen columns at a time
+template <class Body>
+LLM2CLIP_INLINE void for_each_vector(const float* row, int64_t cols, float scale, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) body(j, load(row + j) * scale, kLanes);
+  if (j < cols) {
+    float logits[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) logits[l] = j + l < cols ? row[j + l] * scale : kNothing;
+    body(j, load(logits), cols - j);
+  }
+}
+
+LLM2CLIP_INLINE void put(float* to, Floats value, int64_t count) {
+  if (count == kLanes) {
+    store(to, value);
+  } else {
+    store_some(to, value, count);
+  }
+}
+
+LLM2CLIP_INLINE Floats get(const float* from, int64_t count, float fill) {
+  return count == kLanes ? load(from) : load_some(from, count, fill);
+}
+
+LLM2CLIP_INLINE void sum_body(const SumRows& a) {
+  if (a.col_sum != nullptr) std::memset(a.col_sum, 0, a.cols * sizeof(float));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    Floats total{};
+    float* cache = a.cache == nullptr ? nullptr : a.cache + i * a.cache_stride;
+    for_each_vector(
+        a.tile + i * a.cols, a.cols, a.scale,
+        [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
+          const Floats e = exp(logits - a.shift);
+          total += e;
+          if (a.col_sum != nullptr) put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
+          if (cache != nullptr) put(cache + j, e, count);
+        });
+    a.row_sum[i] += sum(total);
+  }
+}
+
+LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  if (a.col_max != nullptr) {
+    for (int64_t j = 0; j < a.cols; ++j) a.col_max[j] = kLowest;
+    std::memset(a.col_sum, 0, a.cols * sizeof(float));
+  }
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const float* row = a.tile + i * a.cols;
+    float largest = a.row_max[i];
+    for (int64_t j = 0; j < a.cols; ++j) {
+      const float logit = row[j] * a.scale;
+      if (logit > largest) largest = logit;
+      if (a.col_max != nullptr && logit > a.col_max[j]) a.col_max[j] = logit;
+    }
+    const float shift = finite_shift(largest);
+    Floats total{};
+    for_each_vector(
+        row, a.cols, a.scale,
+        [&](int64_t, Floats logits, int64_t) __attribute__((always_inline)) { total += exp(logits - shift); });
+    const double kept = a.row_sum[i] == 0.0
+        ? 0.0
+        : a.row_sum[i] * std::exp(static_cast<double>(finite_shift(a.row_max[i])) - shift);
+    a.row_sum[i] = kept + sum(total);
+    a.row_max[i] = largest;
+  }
+  if (a.col_max == nullptr) return;
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for_each_vector(
+        a.tile + i * a.cols, a.cols, a.scale,
+        [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
+          Floats top = get(a.col_max + j, count, 0.0f);
+          top = top - top == Floats{} ? top : Floats{};
+          put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + exp(logits - top), count);
+        });
+  }
+}
+
+template <GradMode mode>
+LLM2CLIP_INLINE void grad_body(const GradRows& a) {
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const float* in = a.in + i * a.in_stride;
+    float* out = a.out + i * a.cols;
+    const int64_t positive = a.positive + i;
+    const bool has_positive = a.g_pos != nullptr && positive >= 0 && positive < a.cols;
+    // read before `out`, which may be the same memory, is written
+    const float positive_dot = has_positive ? in[positive] : 0.0f;
+    const float row_factor = a.row_factor[i];
+    const float row_lse = a.row_lse[i];
+    Floats weighted{};
+    // cached rows hold exponentials already: no scale
+    const float scale = mode == GradMode::kCached ? 1.0f : a.scale;
+    for_each_vector(in, a.cols, scale, [&](int64_t j, Floats v, int64_t count) __attribute__((always_inline)) {
+      Floats g;
+      if constexpr (mode == GradMode::kOnline) {
+        g = exp(v - row_lse) * row_factor;
+        if (a.col_factor != nullptr) {
+          g += exp(v - get(a.col_lse + j, count, 0.0f)) * get(a.col_factor + j, count, 0.0f);
+        }
+      } else {
+        const Floats e = mode == GradMode::kCached ? v : exp(v - a.shift);
+        Floats factor = broadcast(row_factor);
+        if (a.col_factor != nullptr) factor += get(a.col_factor + j, count, 0.0f);
+        g = e * factor;
+      }
+      if (mode != GradMode::kCached && a.scale_gradient != nullptr) {
+        // the dot again rather than logit/scale, which is undefined at scale 0
+        weighted += get(in + j, count, 0.0f) * g;
+      }
+      put(out + j, g, count);
+    });
+    double gradient = sum(weighted);
+    if (has_positive) {
+      out[positive] += a.g_pos[i];
+      gradient += static_cast<double>(a.g_pos[i]) * positive_dot;
+    }
+    if (mode != GradMode::kCached && a.scale_gradient != nullptr) *a.scale_gradient += gradient;
+  }
+}
+
+LLM2CLIP_INLINE void grad_any(const GradRows& a, GradMode mode) {
+  switch (mode) {
+    case GradMode::kStatic:
+      return grad_body<GradMode::kStatic>(a);
+    case GradMode::kCached:
+      return grad_body<GradMode::kCached>(a);
+    case GradMode::kOnline:
+      return grad_body<GradMode::kOnline>(a);
+  }
+}
+
+#define LLM2CLIP_VARIANT(suffix, target)                                        \
+  target void sum_##suffix(const SumRows& a) { sum_body(a); }                   \
+  target void online_##suffix(const OnlineRows& a) { online_body(a); }          \
+  target void grad_##suffix(const GradRows& a, GradMode mode) { grad_any(a, mode); } \
+  constexpr RowKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix, #suffix};
+
+LLM2CLIP_VARIANT(default, )
+#if defined(__x86_64__)
+LLM2CLIP_VARIANT(avx2, __attribute__((target("avx2,fma"))))
+LLM2CLIP_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
+#endif
+
+const RowKernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return k_avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return k_avx2;
+#endif
+  return k_default;
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace llm2clip

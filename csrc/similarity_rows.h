@@ -1,0 +1,71 @@
+// What happens to one tile of dot products, row by row, on one thread. Which instruction set runs is
+// decided once, from the processor.
+
+#pragma once
+
+#include <cstdint>
+
+namespace llm2clip {
+
+// A tile holds plain dot products x·y, `cols` floats a row, rows contiguous; the logit is scale·dot.
+
+struct SumRows {
+  const float* tile;  // (rows, cols)
+  int64_t rows;
+  int64_t cols;
+  float scale;
+  float shift;
+  double* row_sum;  // (rows,) += sum over columns of exp(scale·dot - shift)
+  float* col_sum;   // (cols,) = the same over these rows; null when no columns are wanted
+  float* cache;     // (rows, cols) with row stride cache_stride, receives the exponentials; or null
+  int64_t cache_stride;
+};
+
+struct OnlineRows {
+  const float* tile;
+  int64_t rows;
+  int64_t cols;
+  float scale;
+  float* row_max;   // (rows,) running maximum
+  double* row_sum;  // (rows,) running sum of exp(logit - row_max)
+  float* col_max;   // (cols,) = of these rows; null when no columns are wanted
+  float* col_sum;   // (cols,) = of these rows, relative to col_max
+};
+
+struct GradRows {
+  const float* in;  // (rows, cols) dot products, or cached exponentials; row stride in_stride
+  int64_t in_stride;
+  float* out;  // (rows, cols) G = dL/dlogit, contiguous; may be `in`
+  int64_t rows;
+  int64_t cols;
+  float scale;
+  float shift;
+  // static shift: G = exp(logit - shift)·(row_factor + col_factor)
+  // otherwise:    G = g_row·exp(logit - row_lse) + g_col·exp(logit - col_lse)
+  const float* row_factor;
+  const float* col_factor;  // null when no columns are wanted
+  const float* row_lse;
+  const float* col_lse;
+  const float* g_pos;      // (rows,) added at column positive + row, or null
+  int64_t positive;        // may be outside [0, cols)
+  double* scale_gradient;  // += sum of G·dot; null when not wanted
+};
+
+enum class GradMode { kStatic, kCached, kOnline };
+
+struct RowKernels {
+  void (*sum)(const SumRows&);
+  void (*online)(const OnlineRows&);
+  void (*grad)(const GradRows&, GradMode);
+  const char* name;
+};
+
+// "avx512", "avx2" or "default", by what the processor and the system allow
+const RowKernels& row_kernels();
+
+// exp's argument must be finite to be subtracted; an infinite maximum is replaced by zero
+inline float finite_shift(float value) {
+  return value - value == 0.0f ? value : 0.0f;
+}
+
+}  // namespace llm2clip

@@ -1,0 +1,69 @@
+"""Which implementation serves which tensor, and what to print about it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import sys
+from typing import Any, Literal
+
+import torch
+
+from . import _env, native
+
+Backend = Literal["native", "triton", "chunked"]
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Returns whether Triton is installed; importing it is left to the first use."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Returns the implementation of the similarity ops for tensors of this kind.
+
+    CPU: the C++ kernel, for fp32 and for bf16/fp16 converted once. CUDA and ROCm: Triton for bf16/fp16; fp32
+    goes through torch's own GEMM, which follows the user's TF32 setting. fp64 and every other device: plain
+    torch by chunks.
+    """
+    forced = _env.forced_backend()
+    if forced != "auto" and dtype != torch.float64:
+        return forced  # type: ignore[return-value]
+    if device.type == "cpu" and dtype != torch.float64 and native.available():
+        return "native"
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and triton_available():
+        return "triton"
+    return "chunked"
+
+
+def build_info() -> dict[str, Any]:
+    """Returns versions, what was built, and which backend each op uses; printed by `llm2clip env`."""
+    reason = native.load()
+    triton_version = None
+    if triton_available():
+        from importlib import metadata
+
+        try:
+            triton_version = metadata.version("triton")
+        except metadata.PackageNotFoundError:
+            triton_version = "unknown"
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": triton_version,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "native": {"loaded": reason == "", "reason": reason, **native.build_record()},
+        "cpu_capability": torch.ops.llm2clip_native.cpu_capability() if reason == "" else None,
+        "backends": {
+            "similarity_lse": {
+                f"{device} {str(dtype).removeprefix('torch.')}": choose(torch.device(device), dtype)
+                for device in devices
+                for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            }
+        },
+    }

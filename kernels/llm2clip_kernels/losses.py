@@ -1,0 +1,180 @@
+"""Losses with the host libraries' own names, signatures and gradients: swap the import, keep the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import distributed
+from .contrastive import _zero_of, nll_loss, symmetric_terms
+from .similarity_lse.op import scale_tensor, similarity_lse_with_positives
+
+
+class ClipLoss(nn.Module):
+    """open_clip's `ClipLoss` (3.3 and main), without the N×N logits.
+
+    The four flag combinations give open_clip's values and parameter gradients (after DDP's averaging), its
+    biased ones included:
+
+    | local_loss | gather_with_grad | value | gradient of the towers |
+    |---|---|---|---|
+    | False | False | global mean | 1/world_size of the true one (open_clip's default) |
+    | False | True | global mean | exact |
+    | True | False | this rank's mean | biased: gathered features are constants, its own too |
+    | True | True | this rank's mean | exact |
+
+    Args:
+        local_loss: score local rows only, and return this rank's mean.
+        gather_with_grad: let gradients flow to other ranks' features.
+        cache_labels: accepted; there are no labels to cache.
+        rank: this process in the default group.
+        world_size: processes in the default group; 1 never communicates.
+        use_horovod: not supported; raises ValueError when True.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: Horovod is not supported; launch with torchrun and use_horovod=False")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """Returns the column of every row's positive, (num_logits,) int64, as open_clip defines it."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device, dtype=torch.long)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns this rank's (B, B) logits per image and per text. Only for inspection: it stores them."""
+        per_image = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            per_image = per_image + logit_bias
+        return per_image, per_image.T
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm, row i belongs to image i.
+            logit_scale: already exponentiated.
+            logit_bias: cancels; gets a zero gradient.
+            output_dict: return {"contrastive_loss": loss}.
+        """
+        if self.world_size > 1:
+            loss = self._over_ranks(image_features, text_features, logit_scale)
+        else:
+            loss = symmetric_terms(image_features, text_features, logit_scale)[0].mean()
+        loss = loss + _zero_of(logit_bias, loss)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_ranks(self, image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+        if not dist.is_initialized():
+            raise ValueError(
+                f"ClipLoss: world_size={self.world_size}, but torch.distributed is not initialised; launch "
+                "with torchrun and call init_process_group first, or use world_size=1"
+            )
+        if self.local_loss and not self.gather_with_grad:
+            return 0.5 * (
+                self._against_constants(image, text, logit_scale)
+                + self._against_constants(text, image, logit_scale)
+            )
+        scale = scale_tensor(logit_scale, image, "ClipLoss")
+        if not self.gather_with_grad:
+            # open_clip's default: each rank has the whole gradient of the scale, its part of the features'
+            scale = distributed.scale_gradient(scale, float(self.world_size))
+        terms, total = symmetric_terms(image, text, scale, distributed_=True)
+        if self.local_loss:
+            return terms.mean()
+        if self.gather_with_grad:
+            terms = distributed.scale_gradient(terms, float(self.world_size))
+        return distributed.report_sum(terms.sum(), None) / total
+
+    def _against_constants(self, rows: Tensor, others: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Mean cross-entropy of this rank's rows against everybody's others, which get no gradient."""
+        counts = distributed.row_counts(rows.shape[0], None, rows.device)
+        candidates = distributed.gather_rows(others.detach(), counts, None)
+        first = sum(counts[: dist.get_rank()])
+        row, _, pos = similarity_lse_with_positives(
+            rows, candidates, logit_scale, directions="rows", diagonal=first
+        )
+        assert pos is not None
+        return (row - pos).mean()
+
+
+class HardNegativeNLLLoss:
+    """LLM2Vec's loss for contrastive training with hard negatives, without the score matrix.
+
+    Queries against [positives; negatives] of all ranks; normalises inside. Every rank returns the mean over
+    all ranks' queries; gradients are meant for DDP's averaging, as in LLM2Vec.
+
+    Args:
+        scale: multiplier of the cosine similarities.
+        similarity_fct: None for the cosine. Another function is called for the whole matrix, without kernels.
+    """
+
+    def __init__(
+        self, scale: float = 20.0, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        self.scale = scale
+        self.similarity_fct = similarity_fct
+
+    def __call__(self, q_reps: Tensor, d_reps_pos: Tensor, d_reps_neg: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            q_reps: (B, D) queries.
+            d_reps_pos: (B, D) positives.
+            d_reps_neg: (K, D) hard negatives, any K, or None.
+
+        Returns:
+            0-dim loss.
+        """
+        gather = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if d_reps_neg is not None and d_reps_neg.shape[0] == 0:
+            d_reps_neg = None
+        is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
+        if not is_cosine:
+            return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
+        unit = [F.normalize(t, dim=-1) for t in (q_reps, d_reps_pos)]
+        negatives = None if d_reps_neg is None else F.normalize(d_reps_neg, dim=-1)
+        return nll_loss(unit[0], unit[1], negatives, self.scale, gather=gather)
+
+    def _plain(self, q: Tensor, pos: Tensor, neg: Tensor | None, gather: bool) -> Tensor:
+        every: list[Any] = [q, pos] if neg is None else [q, pos, neg]
+        if gather:
+            every = [
+                distributed.gather_rows(t, distributed.row_counts(t.shape[0], None, t.device), None)
+                for t in every
+            ]
+        assert self.similarity_fct is not None
+        scores = self.similarity_fct(every[0], torch.cat(every[1:])) * self.scale
+        return F.cross_entropy(scores, torch.arange(scores.shape[0], device=scores.device))

@@ -1,0 +1,308 @@
+"""`similarity_lse`: schema, checks, autograd, and the one place that picks the implementation.
+
+With S = scale · x yᵀ (M, N), never stored:
+
+    row_lse_i = log Σ_j exp S_ij          col_lse_j = log Σ_i exp S_ij          pos_i = S_{i, diagonal+i}
+    G = g_row ∘ exp(S - row_lse) + g_col ∘ exp(S - col_lse) + g_pos on the diagonal
+    dx = scale · G y          dy = scale · Gᵀ x          dscale = Σ G ∘ (x yᵀ)
+
+One matmul in the forward and three in the backward (two with the exponentials cached). The positive logit is
+part of the op because 1 - p cancels: it must be subtracted before G is rounded to half precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import _env, backend
+from . import chunked
+
+Directions = Literal["both", "rows"]
+Method = Literal["auto", "recompute", "cached"]
+
+# rows and columns of a CPU tile of fp32 dot products, 4 MiB: best of 512, 1024, 2048 on two machines
+_CPU_TILE = 1024
+# read once: torch.compile must not trace into the environment
+_CACHE_BUDGET = _env.cache_budget_bytes()
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NO_DIAGONAL = -1
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
+    accumulator = _accumulator(x.dtype)
+    partners = y[diagonal : diagonal + x.shape[0]]
+    return (x.to(accumulator) * partners.to(accumulator)).sum(1) * scale
+
+
+@torch.library.custom_op("llm2clip_kernels::similarity_lse", mutates_args=())
+def _forward(
+    x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = x.contiguous(), y.contiguous()
+    accumulator = _accumulator(x.dtype)
+    pos = x.new_empty(0, dtype=accumulator) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
+    cache = x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=accumulator)
+    chosen = backend.choose(x.device, x.dtype)
+    if chosen == "native":
+        row, col, cache = torch.ops.llm2clip_native.similarity_lse_forward(
+            x.float(), y.float(), scale.detach().item(), columns, cached, _CPU_TILE
+        )
+    elif chosen == "triton":
+        from . import kernel
+
+        row, col = kernel.forward(x, y, scale, columns)
+    else:
+        row, col = chunked.forward(x, y, scale, columns)
+    return row, col, pos, cache
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, n = x.shape[0], y.shape[0]
+    dtype = _accumulator(x.dtype)
+    return (
+        x.new_empty(m, dtype=dtype),
+        x.new_empty(n if columns else 0, dtype=dtype),
+        x.new_empty(0 if diagonal < 0 else m, dtype=dtype),
+        x.new_empty(m * n if cached else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("llm2clip_kernels::similarity_lse_backward", mutates_args=())
+def _backward(
+    g_row: Tensor,
+    g_col: Tensor,
+    g_pos: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    cache: Tensor,
+    diagonal: int,
+    need_x: bool,
+    need_y: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = x.contiguous(), y.contiguous()
+    g_row, g_col, g_pos = g_row.contiguous(), g_col.contiguous(), g_pos.contiguous()
+    chosen = backend.choose(x.device, x.dtype)
+    if chosen == "native":
+        dx, dy, dscale = torch.ops.llm2clip_native.similarity_lse_backward(
+            g_row, g_col, g_pos, x.float(), y.float(), scale.detach().item(), row_lse, col_lse, cache,
+            diagonal, need_x, need_y, need_scale, _CPU_TILE,
+        )  # fmt: skip
+    else:
+        implementation: Any = chunked
+        if chosen == "triton":
+            from . import kernel
+
+            implementation = kernel
+        dx, dy, dscale = implementation.backward(
+            g_row, g_col, g_pos, x, y, scale, row_lse, col_lse, diagonal, need_x, need_y, need_scale
+        )
+    dscale = dscale.reshape(()).to(scale.dtype) if need_scale else scale.new_zeros(())
+    return dx.to(x.dtype), dy.to(y.dtype), dscale
+
+
+@_backward.register_fake
+def _(
+    g_row: Tensor,
+    g_col: Tensor,
+    g_pos: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    cache: Tensor,
+    diagonal: int,
+    need_x: bool,
+    need_y: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0] if need_x else 0, x.shape[1]),
+        y.new_empty(y.shape[0] if need_y else 0, y.shape[1]),
+        scale.new_empty(()),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, scale, ctx.columns, ctx.diagonal, _ = inputs
+    row_lse, col_lse, _, cache = output
+    ctx.save_for_backward(x, y, scale, row_lse, col_lse, cache)
+    # otherwise autograd would make M·N zeros for the gradient of the cache
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(cache)
+
+
+def _autograd(
+    ctx: Any, g_row: Tensor | None, g_col: Tensor | None, g_pos: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    x, y, scale, row_lse, col_lse, cache = ctx.saved_tensors
+    need_x, need_y, need_scale = ctx.needs_input_grad[:3]
+    if g_row is None and g_col is None and g_pos is None:
+        return None, None, None, None, None, None
+    none = row_lse.new_empty(0)
+    dx, dy, dscale = torch.ops.llm2clip_kernels.similarity_lse_backward(
+        row_lse.new_zeros(row_lse.shape) if g_row is None else g_row,
+        none if g_col is None or not ctx.columns else g_col,
+        none if g_pos is None or ctx.diagonal < 0 else g_pos,
+        x, y, scale, row_lse,
+        none if g_col is None else col_lse,
+        cache, ctx.diagonal, need_x, need_y, need_scale,
+    )  # fmt: skip
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def check_pair(x: Tensor, y: Tensor, name: str = "similarity_lse") -> None:
+    """Raises TypeError or ValueError unless x is (M, D) and y is (N, D), floats of one dtype and device."""
+    for label, t in (("x", x), ("y", y)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(t).__name__}")
+        if t.dim() != 2:
+            raise ValueError(f"{name}: {label} must be 2-D (rows, D), got shape {tuple(t.shape)}")
+        if t.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name}: {label} must be fp32, bf16, fp16 or fp64, got {t.dtype}; convert it first"
+            )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{name}: x and y must have one dtype, got {x.dtype} and {y.dtype}; convert one of them"
+        )
+    if x.device != y.device:
+        raise ValueError(f"{name}: x and y must be on one device, got {x.device} and {y.device}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{name}: x and y must have one D, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape[0] == 0 or y.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(
+            f"{name}: empty input, got {tuple(x.shape)} and {tuple(y.shape)}; one row and D >= 1 needed"
+        )
+
+
+def scale_tensor(scale: Tensor | float, like: Tensor, name: str = "similarity_lse") -> Tensor:
+    """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient."""
+    dtype = _accumulator(like.dtype)
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(
+                f"{name}: scale must be a number or a 1-element tensor, got shape {tuple(scale.shape)}"
+            )
+        if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
+            raise TypeError(f"{name}: scale must be a real number, got {scale.dtype}")
+        return scale.reshape(()).to(device=like.device, dtype=dtype)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{name}: scale must be a number or a 1-element tensor, got {type(scale).__name__}")
+    return torch.full((), float(scale), dtype=dtype, device=like.device)
+
+
+def _wants_cache(method: str, x: Tensor, y: Tensor, scale: Tensor) -> bool:
+    if method not in ("auto", "recompute", "cached"):
+        raise ValueError(f"method must be 'auto', 'recompute' or 'cached', got {method!r}")
+    # only the C++ kernel reads a cache; the others recompute, which costs time and never memory
+    if method == "recompute" or x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)):
+        return False
+    return method == "cached" or 4 * x.shape[0] * y.shape[0] <= _CACHE_BUDGET
+
+
+def similarity_lse_with_positives(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    directions: Directions = "both",
+    diagonal: int = NO_DIAGONAL,
+    method: Method = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`similarity_lse`, and the logits of the pairs (i, diagonal + i) from the same backward pass.
+
+    Args:
+        x: (M, D).
+        y: (N, D).
+        scale: multiplier of the dot products.
+        directions: "both", or "rows" to leave the columns out.
+        diagonal: column of row 0's positive, 0 <= diagonal <= N - M; -1 for none.
+        method: as in `similarity_lse`.
+
+    Returns:
+        row_lse (M,); col_lse (N,) or None; positive logits (M,) or None. fp32 (fp64 for fp64).
+    """
+    check_pair(x, y)
+    if directions not in ("both", "rows"):
+        raise ValueError(f"directions must be 'both' or 'rows', got {directions!r}")
+    if diagonal != NO_DIAGONAL and not 0 <= diagonal <= y.shape[0] - x.shape[0]:
+        raise ValueError(
+            f"diagonal {diagonal} leaves rows without a positive: x has {x.shape[0]} rows, y {y.shape[0]}"
+        )
+    factor = scale_tensor(scale, x)
+    columns = directions == "both"
+    row, col, pos, _ = _forward(x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor))
+    return row, col if columns else None, pos if diagonal >= 0 else None
+
+
+@overload
+def similarity_lse(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    directions: Literal["both"] = "both",
+    method: Method = "auto",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def similarity_lse(
+    x: Tensor, y: Tensor, scale: Tensor | float, *, directions: Literal["rows"], method: Method = "auto"
+) -> tuple[Tensor, None]: ...
+def similarity_lse(
+    x: Tensor, y: Tensor, scale: Tensor | float, *, directions: Directions = "both", method: Method = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """Row and column log-sum-exp of S = scale · x yᵀ without storing S.
+
+    Differentiable in x, y and scale; nothing is computed for inputs that need no gradient. O((M+N)·D) memory
+    besides a workspace of a few MiB, and M·N·4 bytes more where the exponentials are cached.
+
+    Args:
+        x: (M, D) fp32, bf16, fp16 or fp64, any strides; unit norm is fastest, anything is right.
+        y: (N, D), dtype and device of x.
+        scale: multiplier of the dot products (already exponentiated, not a temperature): a number, or a 0-dim
+            or 1-element tensor, which then gets a gradient.
+        directions: "both", or "rows" for the first result alone at the same cost less the column sums.
+        method: "recompute" (4 matmuls, bounded workspace), "cached" (3 matmuls, exponentials kept for the
+            backward; CPU kernel only, elsewhere as "recompute"), "auto" (cached under LLM2CLIP_CACHE_MIB).
+
+    Returns:
+        row_lse (M,) and col_lse (N,), fp32 (fp64 for fp64 inputs); col_lse is None for directions="rows".
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options that do not fit, with what was expected.
+
+    Example:
+        >>> row, col = similarity_lse(image_features, text_features, logit_scale.exp())
+    """
+    row, col, _ = similarity_lse_with_positives(x, y, scale, directions=directions, method=method)
+    return row, col
+
+
+__all__ = [
+    "Directions",
+    "Method",
+    "check_pair",
+    "scale_tensor",
+    "similarity_lse",
+    "similarity_lse_with_positives",
+]
