@@ -9,6 +9,8 @@
 #include <map>
 #include <vector>
 
+#include <pybind11/stl.h>
+
 #include "host.h"
 
 namespace py = pybind11;
