@@ -22,7 +22,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     data = tensor.detach().cpu().contiguous()
     if data.numel():
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -101,6 +101,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if tensors and all(name.startswith(causal) for name in tensors):
         tensors = {"base_model.model." + name[len(causal) :]: tensor for name, tensor in tensors.items()}
     config.inference_mode = True
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved since training
     try:
         adapted = get_peft_model(model, config)
         expected = {name for name, _ in _adapter_tensors(adapted)}
