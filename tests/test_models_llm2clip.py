@@ -124,9 +124,8 @@ def test_groups_cover_every_trainable_parameter_once(model: LLM2CLIP) -> None:
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert group_of("module.unknown") == "other"
     undecayed = {n for n, p in model.named_parameters() if no_decay(n, p)}
-    assert "vision_model.model.model.vision_model.pre_layrnorm.weight" in undecayed or any(
-        "layrnorm" in n for n in undecayed
-    )
+    assert any("layrnorm" in name for name in undecayed)
+    assert any("class_embedding" in name for name in undecayed)
     assert (
         "visual_projection.weight" not in undecayed and "text_adapter.adaptor.0.fn.0.weight" not in undecayed
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_efficientnet_features_are_the_packages_own(size: int) -> None:
         torch.testing.assert_close(own._fc(feature), own(pixels), atol=1e-3, rtol=1e-3)
     assert feature.shape == (2, 1280) and tower.dim == 1280
     assert (tower.mean, tower.std) == ((0.498,) * 3, (0.502,) * 3)
-    assert sum(p.numel() for p in tower.parameters()) == 3_371_024
+    assert sum(p.numel() for p in tower.parameters()) == 3_371_008
 
 
 @lite0
@@ -214,6 +215,25 @@ def test_efficientnet_norm_statistics_stay_when_fine_tuned() -> None:
     scratch(pixels)
     moved = [b for n, b in scratch.named_buffers() if n.endswith("running_mean")]
     assert not all(torch.equal(a, b) for a, b in zip(means, moved, strict=True))
+
+
+@lite0
+@pytest.mark.parametrize("frozen", [True, False])
+def test_efficientnet_forward_and_gradients_are_the_packages_own(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = EfficientNetLite0(33, pretrained=True, frozen_norm=frozen).double().train()
+    plain = copy.deepcopy(model).train()
+    pixels = torch.randn(3, 3, 33, 33, dtype=torch.float64)
+    weight = torch.randn(3, 1280, dtype=torch.float64)
+    feature = model(pixels)
+    expected = plain.network.extract_features(pixels).mean(dim=(2, 3))
+    torch.testing.assert_close(feature, expected, atol=1e-9, rtol=1e-9)
+    (feature * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-7, msg=name)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @lite0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llm2clip.errors import ModelError
 
@@ -44,7 +45,7 @@ class EfficientNetLite0(nn.Module):
             network.load_state_dict(_imagenet_weights(), strict=True)
         # the classifier has no part in the features; unused parameters would also stall DDP
         network._fc = nn.Identity()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network
         self.frozen_norm = pretrained if frozen_norm is None else frozen_norm
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
@@ -58,8 +59,43 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> features (B, 1280)."""
-        maps = self.network.extract_features(pixel_values.contiguous(memory_format=torch.channels_last))
-        return maps.mean(dim=(2, 3))
+        network = self.network
+        x = _conv_norm(network._conv_stem, network._bn0, pixel_values).clamp(0, 6)
+        for block in network._blocks:
+            x = _inverted_residual(block, x)
+        return _conv_norm(network._conv_head, network._bn1, x).clamp(0, 6).mean(dim=(2, 3))
+
+
+def _inverted_residual(block: Any, x: Tensor) -> Tensor:
+    """One block: expand (but for the first), depthwise, project; skip connection where the shape allows."""
+    out = x
+    if hasattr(block, "_expand_conv"):
+        out = _conv_norm(block._expand_conv, block._bn0, out).clamp(0, 6)
+    out = _conv_norm(block._depthwise_conv, block._bn1, out).clamp(0, 6)
+    out = _conv_norm(block._project_conv, block._bn2, out)
+    stride = block._depthwise_conv.stride
+    return out + x if stride == (1, 1) and out.shape == x.shape else out
+
+
+def _conv_norm(conv: Any, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Convolution and batch normalisation, as one convolution while the statistics are fixed.
+
+    The normalisation is a scale and shift per channel then, and goes into the weights, through which
+    gradients still reach it: no pass over the activations is left of it, forward or backward. Padding that is
+    equal on both sides goes into the convolution too; only strided layers pad one side more.
+    """
+    left, right, top, bottom = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
+    if left == right and top == bottom:
+        padding = (top, left)
+    else:
+        padding, x = (0, 0), F.pad(x, (left, right, top, bottom))
+    if norm.training:
+        return norm(F.conv2d(x, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups))
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _imagenet_weights() -> dict[str, Tensor]:
