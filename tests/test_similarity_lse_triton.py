@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: their arithmetic in the interpreter, their code by cross-compiling.
 
-The interpreter must be chosen before Triton is imported, so those tests run in a process of their own. bf16 products
-are wrong in the interpreter (a known fault), so it sees fp32 and fp16.
+The interpreter must be chosen before Triton is imported, so those tests run in a process of their own. bf16
+products are wrong in the interpreter (a known fault), so it sees fp32 and fp16.
 """
 
 from __future__ import annotations
@@ -52,28 +52,26 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         if diagonal >= 0:
             g.diagonal(diagonal).add_(g_pos)
         # at scale 1e4 a rounded log-sum-exp alone moves the exponentials by 1e4 * 6e-8
-        loose = 20 if s == 1e4 else 1
+        bound = max(limit, 6e-4) if s == 1e4 else limit
         dx, dy, dscale = kernel.backward(
             g_row, g_col, g_pos, x, y, scale, rows.float(), cols.float(), diagonal, True, True, True)
-        check(dx, s * g @ y.double(), loose * limit, ("dx", dtype, m))
-        check(dy, s * g.T @ x.double(), loose * limit, ("dy", dtype, m))
-        check(dscale, (g * dots).sum(), loose * 1e-4, ("dscale", dtype, m))
+        check(dx, s * g @ y.double(), bound, ("dx", dtype, m))
+        check(dy, s * g.T @ x.double(), bound, ("dy", dtype, m))
+        check(dscale, (g * dots).sum(), 10 * bound, ("dscale", dtype, m))
 
 # more tiles a side than programs, so that one program owns several tiles, and more than one stripe
 kernel._SIDE, kernel._STRIPE_BYTES = 2, 16 * 70 * 4
 x, y = (F.normalize(torch.randn(k, 8), dim=1) for k in (85, 70))
-logits = 5 * x.double() @ y.double().T
-for s in (5.0, 2e3):
+for s, limit in ((2e3, 2e-4), (5.0, 5e-6)):
     logits = s * x.double() @ y.double().T
     row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True)
     check(row_lse, logits.logsumexp(1), 2e-6, "row groups")
     check(col_lse, logits.logsumexp(0), 2e-6, "col groups")
-g_row, g_col, none = torch.ones(85), torch.ones(70), torch.empty(0)
-g = (logits - row_lse.double()[:, None]).exp() + (logits - col_lse.double()).exp()
-dx, dy, dscale = kernel.backward(
-    g_row, g_col, none, x, y, torch.tensor(s), row_lse, col_lse, -1, True, True, True)
-check(dx, s * g @ y.double(), 1e-5, "dx stripes")
-check(dy, s * g.T @ x.double(), 1e-5, "dy stripes")
+    g = (logits - logits.logsumexp(1)[:, None]).exp() + (logits - logits.logsumexp(0)).exp()
+    ones = torch.ones(85), torch.ones(70), torch.empty(0)
+    dx, dy, _ = kernel.backward(*ones, x, y, torch.tensor(s), row_lse, col_lse, -1, True, True, False)
+    check(dx, s * g @ y.double(), limit, "dx stripes")
+    check(dy, s * g.T @ x.double(), limit, "dy stripes")
 
 # a NaN row stays in its row and in the columns, and an infinite norm ends
 x[3, 0] = float("nan")
@@ -156,11 +154,38 @@ def cross_compile(name: str, target: str, dtype: str) -> Any:
     )
 
 
-def ptxas() -> str | None:
+def assemblers() -> list[str]:
+    """The assemblers at hand; Triton ships its own, a newer one for Blackwell."""
     import triton.backends.nvidia as nvidia
 
-    shipped = Path(nvidia.__file__).parent / "bin" / "ptxas"
-    return shutil.which("ptxas") or (str(shipped) if shipped.is_file() else None)
+    shipped = Path(nvidia.__file__).parent / "bin"
+    found = [str(shipped / name) for name in ("ptxas-blackwell", "ptxas") if (shipped / name).is_file()]
+    on_path = shutil.which("ptxas")
+    return found + ([on_path] if on_path else [])
+
+
+def assemble(code: str, folder: Path) -> str:
+    """The assembler's report on PTX; skips where none here knows this version of PTX."""
+    target = re.search(r"\.target (\w+)", code)
+    assert target is not None
+    source = folder / "kernel.ptx"
+    source.write_text(code)
+    complaint = "no ptxas"
+    for assembler in assemblers():
+        command = [
+            assembler,
+            "-v",
+            f"--gpu-name={target[1]}",
+            str(source),
+            "-o",
+            str(folder / "kernel.cubin"),
+        ]
+        report = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        if report.returncode == 0:
+            return report.stderr
+        complaint = report.stderr
+        assert "Unsupported .version" in complaint or "is not defined for option" in complaint, complaint
+    pytest.skip(f"no assembler for {target[1]}: {complaint}")
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -178,16 +203,8 @@ def test_compiles_and_fits(name: str, target: str, tmp_path: Path) -> None:
         assert "tcgen05.mma" in code
     else:
         assert "mma.sync" in code
-    assembler = ptxas()
-    if assembler is None:
-        pytest.skip("no ptxas to count spills with")
-    arch = re.search(r"\.target (\S+)", code).group(1).rstrip(",")  # type: ignore[union-attr]
-    source = tmp_path / "kernel.ptx"
-    source.write_text(code)
-    command = [assembler, "-v", f"--gpu-name={arch}", str(source), "-o", str(tmp_path / "kernel.cubin")]
-    report = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert report.returncode == 0, report.stderr
-    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", report.stderr), report.stderr
+    report = assemble(code, tmp_path)
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
 
 
 def test_offsets_are_64_bit() -> None:

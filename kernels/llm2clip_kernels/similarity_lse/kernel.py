@@ -47,7 +47,7 @@ class Config:
 _CONFIGS = {
     ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
     ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
-    ("cuda", 10, 2): Config(128, 128, 64, 8, 3),
+    ("cuda", 10, 2): Config(128, 64, 64, 8, 4),
     ("hip", 9, 2): Config(128, 128, 32, 8, 2),
     ("interpreter", 0, 2): Config(16, 16, 16, 1, 1),
     ("interpreter", 0, 4): Config(16, 16, 16, 1, 1),
