@@ -132,7 +132,7 @@ class TarSource:
     def _shard_entries(self, shard: int, index: TarIndex, suffixes: Counter[str]) -> list[_Entry]:
         entries: dict[str, _Entry] = {}
         for name, offset, size in zip(index.names, index.offsets, index.sizes, strict=True):
-            directory, _, base = name.rpartition("/")
+            base = name.rpartition("/")[2]
             # "._x" files are what macOS puts beside x
             if base.startswith("._"):
                 continue
@@ -141,7 +141,7 @@ class TarSource:
             suffixes[suffix] += 1
             if suffix not in IMAGE_SUFFIXES and suffix != "json" and suffix.rpartition(".")[2] != "txt":
                 continue
-            stem = f"{directory}/{stem}".removeprefix("./") if directory else stem
+            stem = (name.removesuffix(base) + stem).removeprefix("./")
             entry = entries.setdefault(stem, _Entry(shard, stem))
             if name.startswith("/") or ".." in name.split("/"):
                 entry.reason = f"its member {name!r} names a place outside the shard"
