@@ -60,25 +60,27 @@ class EfficientNetLite0(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> features (B, 1280)."""
         network = self.network
-        x = _conv_norm(network._conv_stem, network._bn0, pixel_values).clamp(0, 6)
+        # channels last is what the CPU's convolutions are fastest in, forward and backward
+        pixels = pixel_values.contiguous(memory_format=torch.channels_last)
+        x = _conv_norm(network._conv_stem, network._bn0, pixels, active=True)
         for block in network._blocks:
             x = _inverted_residual(block, x)
-        return _conv_norm(network._conv_head, network._bn1, x).clamp(0, 6).mean(dim=(2, 3))
+        return _conv_norm(network._conv_head, network._bn1, x, active=True).mean(dim=(2, 3))
 
 
 def _inverted_residual(block: Any, x: Tensor) -> Tensor:
     """One block: expand (but for the first), depthwise, project; skip connection where the shape allows."""
     out = x
     if hasattr(block, "_expand_conv"):
-        out = _conv_norm(block._expand_conv, block._bn0, out).clamp(0, 6)
-    out = _conv_norm(block._depthwise_conv, block._bn1, out).clamp(0, 6)
+        out = _conv_norm(block._expand_conv, block._bn0, out, active=True)
+    out = _conv_norm(block._depthwise_conv, block._bn1, out, active=True)
     out = _conv_norm(block._project_conv, block._bn2, out)
     stride = block._depthwise_conv.stride
     return out + x if stride == (1, 1) and out.shape == x.shape else out
 
 
-def _conv_norm(conv: Any, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Convolution and batch normalisation, as one convolution while the statistics are fixed.
+def _conv_norm(conv: Any, norm: nn.BatchNorm2d, x: Tensor, *, active: bool = False) -> Tensor:
+    """Convolution, batch normalisation and (`active`) ReLU6; one convolution while statistics are fixed.
 
     The normalisation is a scale and shift per channel then, and goes into the weights, through which
     gradients still reach it: no pass over the activations is left of it, forward or backward. Padding that is
@@ -90,12 +92,14 @@ def _conv_norm(conv: Any, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     else:
         padding, x = (0, 0), F.pad(x, (left, right, top, bottom))
     if norm.training:
-        return norm(F.conv2d(x, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups))
+        out = norm(F.conv2d(x, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups))
+        return F.relu6(out) if active else out
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, padding, conv.dilation, conv.groups)
+    out = F.conv2d(x, weight, shift, conv.stride, padding, conv.dilation, conv.groups)
+    return F.relu6(out) if active else out
 
 
 def _imagenet_weights() -> dict[str, Tensor]:
