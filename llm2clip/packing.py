@@ -55,11 +55,8 @@ def pack_python(lengths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
     room: list[int] = []
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
-        for number, free in enumerate(room):
-            if free >= size:
-                break
-        else:
-            number = len(room)
+        number = next((place for place, free in enumerate(room) if free >= size), len(room))
+        if number == len(room):
             room.append(budget)
         room[number] -= size
         bins[index] = number

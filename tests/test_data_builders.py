@@ -336,6 +336,23 @@ def test_openstax_refuses_other_licences_and_missing_repositories(tmp_path: Path
     commit = repository(tmp_path / "book", MODULE, "Attribution-NonCommercial-ShareAlike 4.0 International")
     with pytest.raises(DataError, match="not under CC BY"):
         build_openstax(tmp_path / "out", books=[Book("book", commit)], base_url=f"file://{tmp_path}/")
+    for licence, url, reason in (
+        ("", "http://creativecommons.org/licenses/by-nc-sa/4.0/", "not under CC BY"),
+        ("", "", "does not say"),
+        ("", "http://creativecommons.org/licenses/by/4.0/", ""),
+    ):
+        name = f"r{len(url)}"
+        (tmp_path / name / "collections").mkdir(parents=True)
+        collection = f'<col><md:license url="{url}">x</md:license></col>'
+        (tmp_path / name / "collections" / "a.collection.xml").write_text(collection)
+        book = Book(name, repository(tmp_path / name, MODULE, licence))
+        options: dict[str, Any] = {"books": [book], "base_url": f"file://{tmp_path}/"}
+        if reason:
+            with pytest.raises(DataError, match=reason):
+                build_openstax(tmp_path / "out", **options)
+        else:
+            assert build_openstax(tmp_path / "out", **options)["counts"]["samples"] == {name: 2}
+    shutil.rmtree(tmp_path / "out")
     with pytest.raises(DataError, match=r"cannot be fetched.*network.*own-data"):
         build_openstax(tmp_path / "out", books=[Book("none", commit)], base_url=f"file://{tmp_path}/")
 

@@ -27,7 +27,9 @@ from llm2clip.progress import Progress
 BASE_URL = "https://github.com/openstax/"
 LICENSE = "CC-BY-4.0"
 # a licence file that says any of these is another licence than the one promised here
-OTHER_LICENCE = re.compile(r"non-?commercial|share-?alike|no-?deriv", re.IGNORECASE)
+OTHER_LICENCE = re.compile(r"non-?commercial|share-?alike|no-?deriv|licenses/by-", re.IGNORECASE)
+CC_BY = re.compile(r"attribution 4|licenses/by/", re.IGNORECASE)
+LICENCE_URL = re.compile(r'<md:license url="([^"]*)"')
 LICENSE_TEXT = """\
 These shards hold figures, captions and descriptions of books by OpenStax, Rice University
 (https://openstax.org), taken from these public repositories at these commits:
@@ -246,9 +248,18 @@ def clone(url: str, commit: str, target: Path) -> None:
                 f"{url} at commit {commit} cannot be fetched: `git {step[0]}` says {reason!r}. "
                 f"The books come from public repositories and need a network connection. {instead}"
             )
-    licence = target / "LICENSE"
-    head = licence.read_text(encoding="utf-8", errors="replace")[:400] if licence.is_file() else ""
-    if OTHER_LICENCE.search(head):
+    _require_cc_by(target, f"{url} at commit {commit}")
+
+
+def _require_cc_by(root: Path, name: str) -> None:
+    # older commits have no LICENSE file and say it in their collections alone
+    named = [path.read_text(encoding="utf-8", errors="replace")[:400] for path in root.glob("LICENSE*")]
+    for path in sorted((root / "collections").glob("*.xml")):
+        named += LICENCE_URL.findall(path.read_text(encoding="utf-8", errors="replace"))
+    other = next((text for text in named if OTHER_LICENCE.search(text)), None)
+    if other is not None:
         raise DataError(
-            f"{url} at commit {commit} is not under CC BY (its LICENSE begins {head[:60]!r}); do not use it"
+            f"{name} is not under CC BY (it says {' '.join(other.split())[:60]!r}); do not use it"
         )
+    if not any(CC_BY.search(text) for text in named):
+        raise DataError(f"{name} does not say that it is under CC BY; do not use it")
