@@ -84,6 +84,13 @@ def test_workers_change_nothing(shards: str, workers: int) -> None:
     assert run(source, epochs=2, workers=workers) == run(source, epochs=2)
 
 
+def test_workers_leave_the_global_generator_alone(shards: str) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(open_source(shards), epochs=1, workers=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_resume_at_every_position(shards: str) -> None:
     source = open_source(shards)
     whole = run(source, epochs=3)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.order import EpochOrder, batch_indices
@@ -150,6 +151,8 @@ class Loader:
                     num_workers=self._workers,
                     collate_fn=_same,
                     prefetch_factor=2,
+                    # the default generator would lose a number here, and with it the exact resume
+                    generator=torch.Generator(),
                 )
             )
         for position, result in zip(self._positions(), results, strict=False):
