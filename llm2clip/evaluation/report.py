@@ -106,9 +106,9 @@ def _tables(results: dict[str, Any]) -> str:
         _caption_bars(results)
         + "".join(_table(table) for table in result_tables(results))
         + (
-            '<p class="note">Small figures: 95 % interval (bootstrap over queries). R@k: share of queries with '
-            "a right answer among the first k. Ties are broken at random, in expectation, so embeddings that "
-            "tell nothing apart score chance.</p>"
+            '<p class="note">Small figures: 95 % interval (bootstrap over queries). R@k: share of queries '
+            "with a right answer among the first k. Ties are broken at random, in expectation, so embeddings "
+            "that tell nothing apart score chance.</p>"
         )
     )
 
@@ -256,7 +256,8 @@ def _setup(setup: dict[str, Any]) -> str:
         f"<details><summary>Samples that could not be read</summary><ul>{bad}</ul></details>" if bad else ""
     )
     return (
-        f"<dl>{rows}</dl><details><summary>Settings of this evaluation</summary><pre>{settings}</pre></details>"
+        f"<dl>{rows}</dl>"
+        f"<details><summary>Settings of this evaluation</summary><pre>{settings}</pre></details>"
         f"{skipped}"
     )
 

@@ -199,5 +199,5 @@ def _describe(model: LLM2CLIP | None) -> dict[str, Any] | None:
         "adapter_depth": model.settings.adapter_depth,
         "image_size": model.vision_model.image_size,
         "llm_dim": model.llm_dim,
-        "logit_scale": round(float(model.logit_scale.exp()), 3),
+        "logit_scale": round(model.logit_scale.exp().item(), 3),
     }
