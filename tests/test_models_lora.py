@@ -90,6 +90,17 @@ def test_gradient_in_pieces_equals_gradient_at_once(llama: Path) -> None:
             torch.testing.assert_close(two.grad, one.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_bf16_autocast_gives_nearly_the_same_gradient(llama: Path) -> None:
+    full, half = trained(llama), trained(llama)
+    full(full.collate(full.tokenize(CAPTIONS))).square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        half(half.collate(half.tokenize(CAPTIONS))).square().mean().backward()
+    exact = torch.cat([p.grad.flatten() for p in full.parameters() if p.grad is not None])
+    rounded = torch.cat([p.grad.flatten() for p in half.parameters() if p.grad is not None])
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.98
+    assert rounded.dtype == torch.float32
+
+
 def test_adapter_round_trip(llama: Path, tmp_path: Path) -> None:
     encoder = trained(llama, pooling="weighted_mean", prompt="p ")
     encoder.save_adapter(tmp_path / "adapter")
