@@ -74,8 +74,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> EvaluateSettings:
     data = DataSettings(val=(str(root / "val-000000.tar"),), captions=captions, max_bad_share=0.2)
     settings = LLMSettings(path=str(llm), adapter=str(root / "stage1" / "result"))
     store = embed(EmbedSettings(data=data, llm=settings, out=str(root / "store"), device="cpu"))
-    config = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "patch_size": 4, "image_size": 8}  # fmt: skip
+    config = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "patch_size": 4,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}  # fmt: skip
     (root / "vision.json").write_text(json.dumps(config))
     vision = VisionSettings(kind="transformers", path=str(root / "vision.json"), image_size=8)
     model = LLM2CLIP(ModelSettings(vision=vision, embed_dim=6, adapter_depth=1), store.dim, store.fingerprint)

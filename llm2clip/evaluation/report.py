@@ -71,7 +71,7 @@ def _lead(results: dict[str, Any]) -> str:
     setup = results["setup"]
     text = f"{setup['items']} held-out items, one per group"
     if setup["bad_samples"]:
-        text += f"; {setup['bad_samples']} samples could not be read"
+        text += f"; {setup['bad_samples']} unreadable samples left out"
     return f"<p>{escape(text)}. Beside every figure stands what guessing would give.</p>"
 
 

@@ -43,7 +43,7 @@ tr.best td small{font-weight:400}
 .chart img{width:100%;height:auto;display:block}
 .chart figcaption{color:var(--muted);font-size:.85rem;margin-top:4px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:20px}
-.query{display:grid;grid-template-columns:minmax(200px,300px) 1fr;gap:20px;padding:16px 0;
+.query{display:grid;grid-template-columns:minmax(180px,250px) 1fr;gap:20px;padding:16px 0;
 border-top:1px solid var(--line)}
 .asked img{display:block;max-width:144px;max-height:144px;border-radius:8px;margin-top:10px}
 .badge{display:inline-block;border-radius:99px;padding:1px 10px;font-size:.8rem;font-weight:600;
@@ -52,8 +52,8 @@ margin-right:8px}
 .miss{background:var(--bad-bg);color:var(--bad)}
 .place{color:var(--muted);font-size:.8rem}
 blockquote{margin:8px 0 0;font-size:.93rem;line-height:1.45;overflow-wrap:anywhere}
-.row{display:flex;flex-wrap:wrap;gap:12px;align-content:flex-start}
-.row figure{margin:0;padding:4px;border:2px solid var(--line);border-radius:8px;width:104px}
+.row{display:flex;flex-wrap:wrap;gap:10px;align-content:flex-start}
+.row figure{margin:0;padding:4px;border:2px solid var(--line);border-radius:8px;width:98px}
 .row figure.right{border-color:var(--good);box-shadow:0 0 0 2px var(--good)}
 .row figure.far{margin-left:14px}
 .row img{width:100%;height:92px;object-fit:contain;display:block;border-radius:4px;background:#fff}
