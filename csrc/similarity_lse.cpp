@@ -100,8 +100,8 @@ float static_shift(const Tensor& x, const Tensor& y, double scale) {
   // 1 + 1e-5 covers the rounding of the float dot products themselves
   const double bound = std::abs(scale) * largest_norm(x) * largest_norm(y) * (1 + 1e-5);
   if (!(bound < 1e30)) return std::numeric_limits<float>::quiet_NaN();
-  // rounded to float here, so that forward and backward take the same decision from the same number
-  return static_cast<float>(std::max(0.0, bound - kHeadroom));
+  // a whole number, so that subtracting it from a logit of its size is exact
+  return static_cast<float>(std::ceil(std::max(0.0, bound - kHeadroom)));
 }
 
 bool is_safe(const Tensor& lse, double shift) {
@@ -127,8 +127,42 @@ struct Tiles {
   }
 };
 
-void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Tensor& row,
-             const Tensor& col, const Tensor& cache) {
+// What a forward pass fills. A log-sum-exp of some size has an fp32 rounding error that would appear whole in
+// every exp(S - lse); `low` keeps what rounding took away, so that p and 1 - p stay right to the last bits.
+struct Outputs {
+  Tensor row, col, pos;
+  Tensor low;  // of row (M), then of col (N or 0), then of pos (M or 0)
+  Tensor cache;
+  int64_t diagonal;
+
+  Outputs(const Tensor& x, const Tiles& tiles, bool columns, int64_t diagonal, bool cached)
+      : row(flat_floats(x, tiles.rows)),
+        col(flat_floats(x, columns ? tiles.cols : 0)),
+        pos(flat_floats(x, diagonal >= 0 ? tiles.rows : 0)),
+        low(flat_floats(x, row.numel() + col.numel() + pos.numel())),
+        cache(flat_floats(x, cached ? tiles.rows * tiles.cols : 0)),
+        diagonal(diagonal) {}
+
+  void put(const Tensor& to, int64_t low_start, int64_t i, double value) const {
+    const float high = static_cast<float>(value);
+    data(to)[i] = high;
+    data(low)[low_start + i] = std::isfinite(high) ? static_cast<float>(value - high) : 0.0f;
+  }
+  void put_row(int64_t i, double value) const { put(row, 0, i, value); }
+  void put_col(int64_t j, double value) const { put(col, row.numel(), j, value); }
+
+  // from the same tile, rounded the same way: an error of the logit then cancels in lse - pos
+  void take_positives(const Tensor& tile, double scale, int64_t r, int64_t m, int64_t c, int64_t n) const {
+    for (int64_t i = 0; i < m && pos.numel() > 0; ++i) {
+      const int64_t j = diagonal + r + i - c;
+      if (j >= 0 && j < n) put(pos, row.numel() + col.numel(), r + i, static_cast<float>(scale) * data(tile)[i * n + j]);
+    }
+  }
+};
+
+void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Outputs& out) {
+  const Tensor& col = out.col;
+  const Tensor& cache = out.cache;
   const bool columns = col.numel() > 0;
   const bool cached = cache.numel() > 0;
   const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
@@ -138,6 +172,7 @@ void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const 
   tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
     const Tensor tile = as_matrix(buffer, m, n);
     multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
+    out.take_positives(tile, scale, r, m, c, n);
     for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
       row_kernels().sum(
           {data(tile) + first * n, count, n, static_cast<float>(scale), shift,
@@ -151,12 +186,12 @@ void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const 
     }
   });
   const double c = shift;
-  for (int64_t i = 0; i < tiles.rows; ++i) data(row)[i] = static_cast<float>(std::log(row_sum[i]) + c);
-  for (size_t j = 0; j < col_sum.size(); ++j) data(col)[j] = static_cast<float>(std::log(col_sum[j]) + c);
+  for (int64_t i = 0; i < tiles.rows; ++i) out.put_row(i, std::log(row_sum[i]) + c);
+  for (size_t j = 0; j < col_sum.size(); ++j) out.put_col(j, std::log(col_sum[j]) + c);
 }
 
-void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Tensor& row,
-                    const Tensor& col) {
+void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Outputs& out) {
+  const Tensor& col = out.col;
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const bool columns = col.numel() > 0;
   const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
@@ -170,6 +205,7 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
   tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
     const Tensor tile = as_matrix(buffer, m, n);
     multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
+    out.take_positives(tile, scale, r, m, c, n);
     for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
       row_kernels().online(
           {data(tile) + first * n, count, n, static_cast<float>(scale), row_max.data() + r + first,
@@ -190,10 +226,10 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
     }
   });
   for (int64_t i = 0; i < tiles.rows; ++i) {
-    data(row)[i] = static_cast<float>(std::log(row_sum[i]) + finite_shift(row_max[i]));
+    out.put_row(i, std::log(row_sum[i]) + finite_shift(row_max[i]));
   }
   for (size_t j = 0; j < col_sum.size(); ++j) {
-    data(col)[j] = static_cast<float>(std::log(col_sum[j]) + finite_shift(col_max[j]));
+    out.put_col(j, std::log(col_sum[j]) + finite_shift(col_max[j]));
   }
 }
 
@@ -204,20 +240,20 @@ void check_inputs(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), "similarity_lse: inputs must be contiguous");
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale, bool columns, bool cached,
-                                           int64_t tile) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale,
+                                                           bool columns, int64_t diagonal, bool cached,
+                                                           int64_t tile) {
   check_inputs(x, y);
   const Tiles tiles(x, y, tile);
-  Tensor row = flat_floats(x, tiles.rows);
-  Tensor col = flat_floats(x, columns ? tiles.cols : 0);
-  Tensor cache = flat_floats(x, cached ? tiles.rows * tiles.cols : 0);
+  const Outputs out(x, tiles, columns, diagonal, cached);
   const float shift = static_shift(x, y, scale);
-  if (std::isfinite(shift)) {
-    sum_all(x, y, scale, shift, tiles, row, col, cache);
-    if (is_safe(row, shift) && is_safe(col, shift)) return {row, col, cache};
+  bool safe = std::isfinite(shift);
+  if (safe) {
+    sum_all(x, y, scale, shift, tiles, out);
+    safe = is_safe(out.row, shift) && is_safe(out.col, shift);
   }
-  sum_all_online(x, y, scale, tiles, row, col);
-  return {row, col, cache};
+  if (!safe) sum_all_online(x, y, scale, tiles, out);
+  return {out.row, out.col, out.pos, out.low, out.cache};
 }
 
 double weighted_dot(const Tensor& a, const Tensor& b) {
@@ -244,11 +280,12 @@ void multiply_by(const Tensor& t, double factor) {
   });
 }
 
-// gradient of a log-sum-exp times exp(shift - lse), so that G is one product per pair
-std::vector<float> shifted_factors(const Tensor& gradient, const Tensor& lse, double shift) {
+// gradient of a log-sum-exp times exp(shift - lse - low), so that G is one product per pair
+std::vector<float> shifted_factors(const Tensor& gradient, const float* lse, const float* low, double shift) {
   std::vector<float> out(gradient.numel());
   for (size_t i = 0; i < out.size(); ++i) {
-    out[i] = static_cast<float>(data(gradient)[i] * std::exp(shift - data(lse)[i]));
+    const double base = lse == nullptr ? 0.0 : shift - lse[i];
+    out[i] = static_cast<float>(data(gradient)[i] * std::exp(base - low[i]));
   }
   return out;
 }
@@ -259,24 +296,28 @@ bool all_below(const std::vector<float>& values, float limit) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g_col, const Tensor& g_pos,
                                             const Tensor& x, const Tensor& y, double scale, const Tensor& row_lse,
-                                            const Tensor& col_lse, const Tensor& cache, int64_t diagonal, bool need_x,
-                                            bool need_y, bool need_scale, int64_t tile) {
+                                            const Tensor& col_lse, const Tensor& low, const Tensor& cache,
+                                            int64_t diagonal, bool need_x, bool need_y, bool need_scale,
+                                            int64_t tile) {
   check_inputs(x, y);
   const Tiles tiles(x, y, tile);
   const bool columns = g_col.numel() > 0;
   const float shift = static_shift(x, y, scale);
   GradMode mode = GradMode::kOnline;
+  const float* row_low = data(low);
+  const float* col_low = row_low + tiles.rows;
   std::vector<float> row_factor;
   std::vector<float> col_factor;
   if (std::isfinite(shift) && is_safe(row_lse, shift) && is_safe(col_lse, shift)) {
-    row_factor = shifted_factors(g_row, row_lse, shift);
-    if (columns) col_factor = shifted_factors(g_col, col_lse, shift);
+    row_factor = shifted_factors(g_row, data(row_lse), row_low, shift);
+    if (columns) col_factor = shifted_factors(g_col, data(col_lse), col_low, shift);
     // a huge upstream gradient (loss scaling) could overflow the factor although its product would not
     if (all_below(row_factor, 1e37f) && all_below(col_factor, 1e37f)) mode = GradMode::kStatic;
   }
   if (mode == GradMode::kOnline) {
-    row_factor.assign(data(g_row), data(g_row) + tiles.rows);
-    col_factor.assign(data(g_col), data(g_col) + g_col.numel());
+    // the kernel subtracts the log-sum-exp itself; only what rounding took from it is left
+    row_factor = shifted_factors(g_row, nullptr, row_low, 0.0);
+    col_factor = shifted_factors(g_col, nullptr, col_low, 0.0);
   }
   // from the cache dscale comes out of dx or dy; alone it needs the logits
   if (mode == GradMode::kStatic && cache.numel() > 0 && (need_x || need_y)) mode = GradMode::kCached;

@@ -12,14 +12,23 @@ namespace {
 constexpr float kNothing = -1e30f;
 
 // calls body(column, logits, count) over a row, sixteen columns at a time
+//
+// Every pass must round a logit the same way, or the exponentials of large ones disagree by a rounding error of the
+// logit itself: the barrier keeps the compiler from fusing the product with a later subtraction in one of them.
 template <class Body>
 LLM2CLIP_INLINE void for_each_vector(const float* row, int64_t cols, float scale, const Body& body) {
   int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) body(j, load(row + j) * scale, kLanes);
+  for (; j + kLanes <= cols; j += kLanes) {
+    Floats v = load(row + j) * scale;
+    asm("" : "+m"(v));
+    body(j, v, kLanes);
+  }
   if (j < cols) {
     float logits[kLanes];
     for (int64_t l = 0; l < kLanes; ++l) logits[l] = j + l < cols ? row[j + l] * scale : kNothing;
-    body(j, load(logits), cols - j);
+    Floats v = load(logits);
+    asm("" : "+m"(v));
+    body(j, v, cols - j);
   }
 }
 

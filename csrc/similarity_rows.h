@@ -41,7 +41,7 @@ struct GradRows {
   float scale;
   float shift;
   // static shift: G = exp(logit - shift)·(row_factor + col_factor)
-  // otherwise:    G = g_row·exp(logit - row_lse) + g_col·exp(logit - col_lse)
+  // otherwise:    G = row_factor·exp(logit - row_lse) + col_factor·exp(logit - col_lse)
   const float* row_factor;
   const float* col_factor;  // null when no columns are wanted
   const float* row_lse;

@@ -105,7 +105,7 @@ def test_positives(diagonal: int) -> None:
     scale = torch.tensor(4.0, dtype=torch.float64)
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         inputs = [t.detach().clone().to(dtype).requires_grad_() for t in (x, y, scale)]
-        row, col, pos = similarity_lse_with_positives(*inputs, diagonal=diagonal)  # type: ignore[arg-type]
+        row, col, pos, _ = similarity_lse_with_positives(*inputs, diagonal=diagonal)  # type: ignore[arg-type]
         assert col is not None and pos is not None
         (row.sum() + 2 * col.sum() - 3 * (pos * torch.arange(6)).sum()).backward()
         wanted = [t.detach().clone().requires_grad_() for t in (x, y, scale)]
@@ -170,7 +170,7 @@ def test_gradcheck() -> None:
         t.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y, s: similarity_lse(x, y, s), inputs)
     assert torch.autograd.gradcheck(
-        lambda x, y, s: similarity_lse_with_positives(x, y, s, diagonal=1)[::2], inputs
+        lambda x, y, s: similarity_lse_with_positives(x, y, s, diagonal=1)[:3], inputs
     )
 
 
@@ -181,8 +181,8 @@ def test_opcheck(cached: bool) -> None:
         inputs = [t.clone().requires_grad_(needs) for t in (x, y, scale)]
         torch.library.opcheck(op_module._forward, (*inputs, True, 2, cached))
     torch.library.opcheck(op_module._forward, (x.requires_grad_(), y, scale, False, -1, False))
-    row, col, pos, cache = op_module._forward(x.detach(), y, scale, True, 2, cached)
-    args = (row * 0 + 1, col * 0 + 1, pos * 0 + 1, x.detach(), y, scale, row, col, cache, 2)
+    row, col, pos, low, cache = op_module._forward(x.detach(), y, scale, True, 2, cached)
+    args = (row * 0 + 1, col * 0 + 1, pos * 0 + 1, x.detach(), y, scale, row, col, low, cache, 2)
     torch.library.opcheck(op_module._backward, (*args, True, True, True))
     torch.library.opcheck(op_module._backward, (*args, False, True, False))
 
@@ -308,7 +308,7 @@ def test_native_variants_of_the_processor_agree() -> None:
     """What this processor chose against the chunked path on a shape with every tail."""
     x, y = features(67, 19), features(131, 19)
     want = chunked.forward(x.double(), y.double(), torch.tensor(11.0).double(), True)
-    got = torch.ops.llm2clip_native.similarity_lse_forward(x, y, 11.0, True, False, 50)
+    got = torch.ops.llm2clip_native.similarity_lse_forward(x, y, 11.0, True, -1, False, 50)
     assert torch.allclose(got[0].double(), want[0], atol=2e-6)
     assert torch.allclose(got[1].double(), want[1], atol=2e-6)
     slabs = torch.rand(7, 40)

@@ -64,12 +64,18 @@ def symmetric_terms(
         total = sum(counts)
     else:
         candidates, first, total = y, 0, x.shape[0]
-    row, col, pos = similarity_lse_with_positives(x, candidates, factor, diagonal=first, method=method)
+    row, col, pos, low = similarity_lse_with_positives(x, candidates, factor, diagonal=first, method=method)
     assert col is not None and pos is not None
     if distributed_:
         col = distributed.merge_columns(col, counts, group)
-    loss = 0.5 * (row + col) - (1.0 - label_smoothing) * pos
+    rows = x.shape[0]
+    # differences first: log-sum-exp and positive nearly cancel once the model has learned
+    loss = 0.5 * ((row - pos) + (col - pos))
+    loss = loss + (0.5 * low[:rows] - low[rows + candidates.shape[0] :])
+    if not distributed_:
+        loss = loss + 0.5 * low[rows : 2 * rows]
     if label_smoothing > 0.0:
+        loss = loss + label_smoothing * pos
         wide_x, wide_y = x.to(row.dtype), y.to(row.dtype)
         sum_x, sum_y = wide_x.sum(0), candidates.to(row.dtype).sum(0)
         if distributed_:
@@ -189,8 +195,9 @@ def nll_loss(
             distributed.gather_rows(c, distributed.row_counts(c.shape[0], group, x.device), group)
             for c in candidates
         ]
-    row, _, pos = similarity_lse_with_positives(
+    row, _, pos, low = similarity_lse_with_positives(
         x, torch.cat(candidates), scale, directions="rows", diagonal=first, method=method
     )
     assert pos is not None
-    return _reduce(row - pos, total, reduction, grad_reduction, group, over_ranks)
+    terms = (row - pos) + (low[: x.shape[0]] - low[x.shape[0] :])
+    return _reduce(terms, total, reduction, grad_reduction, group, over_ranks)

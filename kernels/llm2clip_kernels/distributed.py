@@ -15,12 +15,16 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
+# torch 2.13 renamed both and warns at the old names
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def row_counts(rows: int, group: Group, device: torch.device) -> list[int]:
     """Returns how many rows every rank of the group holds, in rank order."""
     mine = torch.tensor([rows], dtype=torch.int64, device=device)
     every = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(every, mine, group=group)
+    _all_gather(every, mine, group=group)
     return [int(count) for count in every.tolist()]
 
 
@@ -31,7 +35,7 @@ def _gather(rows: Tensor, counts: list[int], group: Group) -> Tensor:
     if mine.shape[0] < longest:
         mine = torch.cat([mine, mine.new_zeros(longest - mine.shape[0], *mine.shape[1:])])
     every = mine.new_empty(len(counts) * longest, *mine.shape[1:])
-    dist.all_gather_into_tensor(every, mine, group=group)
+    _all_gather(every, mine, group=group)
     if min(counts) == longest:
         return every
     return torch.cat([block[:count] for block, count in zip(every.split(longest), counts, strict=True)])
@@ -46,7 +50,7 @@ def _sum_and_scatter(rows: Tensor, counts: list[int], group: Group) -> Tensor:
             block[:count] = part
         rows = padded.flatten(0, 1)
     mine = rows.new_empty(longest, *rows.shape[1:])
-    dist.reduce_scatter_tensor(mine, rows.contiguous(), group=group)
+    _reduce_scatter(mine, rows.contiguous(), group=group)
     return mine[: counts[dist.get_rank(group)]]
 
 

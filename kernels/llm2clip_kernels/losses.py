@@ -124,11 +124,11 @@ class ClipLoss(nn.Module):
         counts = distributed.row_counts(rows.shape[0], None, rows.device)
         candidates = distributed.gather_rows(others.detach(), counts, None)
         first = sum(counts[: dist.get_rank()])
-        row, _, pos = similarity_lse_with_positives(
+        row, _, pos, low = similarity_lse_with_positives(
             rows, candidates, logit_scale, directions="rows", diagonal=first
         )
         assert pos is not None
-        return (row - pos).mean()
+        return ((row - pos) + (low[: rows.shape[0]] - low[rows.shape[0] :])).mean()
 
 
 class HardNegativeNLLLoss:

@@ -3,9 +3,9 @@
 The S = scale · x yᵀ tile is made twice: once for row and column sums of exp(S - c), once for a stripe of
 G = dL/dS in the inputs' dtype, which the library GEMM then multiplies with y and x. One constant shift
 c = max(0, |scale|·max‖x‖·max‖y‖ - 70) serves every row and column, so there is one exp per pair and partial
-sums add up. Each program owns a block of tiles and its own row of the slabs of partial sums, added afterwards in
-a fixed order: no atomics, bitwise the same every run. Sums too small to trust raise a flag on the device, and
-only then does the kernel with running maxima do anything; the host never waits.
+sums add up. Each program owns a block of tiles and its own row of the slabs of partial sums, added afterwards
+in a fixed order: no atomics, bitwise the same every run. Sums too small to trust raise a flag on the device,
+and only then does the kernel with running maxima do anything; the host never waits.
 
 Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
 """
@@ -42,8 +42,8 @@ class Config:
     num_stages: int
 
 
-# 128x128 on 8 warps: 64 accumulators a thread, so that two programs fit a multiprocessor and one's exponentials
-# hide behind the other's products
+# 128x128 on 8 warps: 64 accumulators a thread, so that two programs fit a multiprocessor and the exponentials
+# of one hide behind the products of the other
 _CONFIGS = {
     ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
     ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
@@ -282,7 +282,7 @@ def _shift(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     # 1e-5 covers the rounding of the norms and of the dot products
     bound = scale.abs() * norms[0] * norms[1] * (1 + 1e-5)
     usable = bound < _LARGEST_BOUND
-    shift = torch.where(usable, (bound - _HEADROOM).clamp_min(0.0), torch.zeros_like(bound))
+    shift = torch.where(usable, (bound - _HEADROOM).clamp_min(0.0).ceil(), torch.zeros_like(bound))
     return shift, usable.logical_not().to(torch.int32)
 
 
@@ -350,7 +350,7 @@ def backward(
     need_y: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx (M, D), dy (N, D), fp32, and dscale; empty where not needed. Arguments as in `chunked.backward`."""
+    """Returns dx (M, D), dy (N, D) and dscale, fp32, empty where not needed; arguments as in `chunked`."""
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
     config = _config(x)
     columns, positives = g_col.numel() > 0, g_pos.numel() > 0

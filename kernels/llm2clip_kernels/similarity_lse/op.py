@@ -44,35 +44,38 @@ def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tens
 @torch.library.custom_op("llm2clip_kernels::similarity_lse", mutates_args=())
 def _forward(
     x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
     accumulator = _accumulator(x.dtype)
-    pos = x.new_empty(0, dtype=accumulator) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
-    cache = x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=accumulator)
     chosen = backend.choose(x.device, x.dtype)
     if chosen == "native":
-        row, col, cache = torch.ops.llm2clip_native.similarity_lse_forward(
-            x.float(), y.float(), scale.detach().item(), columns, cached, _CPU_TILE
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        outputs = torch.ops.llm2clip_native.similarity_lse_forward(
+            x.float(), y.float(), scale.detach().item(), columns, diagonal, cached, _CPU_TILE
         )
-    elif chosen == "triton":
+        return outputs
+    if chosen == "triton":
         from . import kernel
 
         row, col = kernel.forward(x, y, scale, columns)
     else:
         row, col = chunked.forward(x, y, scale, columns)
-    return row, col, pos, cache
+    pos = x.new_empty(0, dtype=accumulator) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
+    low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=accumulator)
+    return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=accumulator)
 
 
 @_forward.register_fake
 def _(
     x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
     dtype = _accumulator(x.dtype)
     return (
         x.new_empty(m, dtype=dtype),
         x.new_empty(n if columns else 0, dtype=dtype),
         x.new_empty(0 if diagonal < 0 else m, dtype=dtype),
+        x.new_empty(m + (n if columns else 0) + (0 if diagonal < 0 else m), dtype=dtype),
         x.new_empty(m * n if cached else 0, dtype=dtype),
     )
 
@@ -87,6 +90,7 @@ def _backward(
     scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    low: Tensor,
     cache: Tensor,
     diagonal: int,
     need_x: bool,
@@ -98,7 +102,7 @@ def _backward(
     chosen = backend.choose(x.device, x.dtype)
     if chosen == "native":
         dx, dy, dscale = torch.ops.llm2clip_native.similarity_lse_backward(
-            g_row, g_col, g_pos, x.float(), y.float(), scale.detach().item(), row_lse, col_lse, cache,
+            g_row, g_col, g_pos, x.float(), y.float(), scale.detach().item(), row_lse, col_lse, low, cache,
             diagonal, need_x, need_y, need_scale, _CPU_TILE,
         )  # fmt: skip
     else:
@@ -124,6 +128,7 @@ def _(
     scale: Tensor,
     row_lse: Tensor,
     col_lse: Tensor,
+    low: Tensor,
     cache: Tensor,
     diagonal: int,
     need_x: bool,
@@ -139,17 +144,17 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, scale, ctx.columns, ctx.diagonal, _ = inputs
-    row_lse, col_lse, _, cache = output
-    ctx.save_for_backward(x, y, scale, row_lse, col_lse, cache)
+    row_lse, col_lse, _, low, cache = output
+    ctx.save_for_backward(x, y, scale, row_lse, col_lse, low, cache)
     # otherwise autograd would make M·N zeros for the gradient of the cache
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(cache)
+    ctx.mark_non_differentiable(low, cache)
 
 
 def _autograd(
-    ctx: Any, g_row: Tensor | None, g_col: Tensor | None, g_pos: Tensor | None, _: Tensor | None
+    ctx: Any, g_row: Tensor | None, g_col: Tensor | None, g_pos: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-    x, y, scale, row_lse, col_lse, cache = ctx.saved_tensors
+    x, y, scale, row_lse, col_lse, low, cache = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     if g_row is None and g_col is None and g_pos is None:
         return None, None, None, None, None, None
@@ -160,7 +165,7 @@ def _autograd(
         none if g_pos is None or ctx.diagonal < 0 else g_pos,
         x, y, scale, row_lse,
         none if g_col is None else col_lse,
-        cache, ctx.diagonal, need_x, need_y, need_scale,
+        low, cache, ctx.diagonal, need_x, need_y, need_scale,
     )  # fmt: skip
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
 
@@ -228,7 +233,7 @@ def similarity_lse_with_positives(
     directions: Directions = "both",
     diagonal: int = NO_DIAGONAL,
     method: Method = "auto",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """`similarity_lse`, and the logits of the pairs (i, diagonal + i) from the same backward pass.
 
     Args:
@@ -240,7 +245,8 @@ def similarity_lse_with_positives(
         method: as in `similarity_lse`.
 
     Returns:
-        row_lse (M,); col_lse (N,) or None; positive logits (M,) or None. fp32 (fp64 for fp64).
+        row_lse (M,); col_lse (N,) or None; positive logits (M,) or None; and what rounding took from these
+        three, one after the other: add it after subtracting them from each other. fp32 (fp64 for fp64).
     """
     check_pair(x, y)
     if directions not in ("both", "rows"):
@@ -251,8 +257,8 @@ def similarity_lse_with_positives(
         )
     factor = scale_tensor(scale, x)
     columns = directions == "both"
-    row, col, pos, _ = _forward(x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor))
-    return row, col if columns else None, pos if diagonal >= 0 else None
+    row, col, pos, low, _ = _forward(x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor))
+    return row, col if columns else None, pos if diagonal >= 0 else None, low
 
 
 @overload
@@ -294,7 +300,7 @@ def similarity_lse(
     Example:
         >>> row, col = similarity_lse(image_features, text_features, logit_scale.exp())
     """
-    row, col, _ = similarity_lse_with_positives(x, y, scale, directions=directions, method=method)
+    row, col, _, _ = similarity_lse_with_positives(x, y, scale, directions=directions, method=method)
     return row, col
 
 
