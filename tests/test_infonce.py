@@ -56,7 +56,7 @@ def test_against_cross_entropy(smoothing: float, reduction: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_learned_pairs_keep_their_small_gradients(dtype: torch.dtype) -> None:
-    """Near convergence 1 - p cancels: the loss is tiny and so is its gradient; rounding must not drown them."""
+    """Near convergence 1 - p cancels: loss and gradient are tiny and must not drown in rounding."""
     x, y, _ = pair(noise=0.02)
     inputs = x.to(dtype), y.to(dtype), torch.tensor(100.0)
     want = gradients(plain, inputs, torch.float64)

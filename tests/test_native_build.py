@@ -61,7 +61,8 @@ def test_record_says_what_was_built() -> None:
 def metadata(tmp_path: Path, **env: str) -> tuple[str, str]:
     """What `setup.py` answers about the wheel without building: its tag and packages, and its warnings."""
     code = (
-        "import distutils.core, sys, setuptools; sys.argv = ['setup.py', '-q', 'egg_info', '-e', sys.argv[1]]\n"
+        "import distutils.core, sys, setuptools\n"
+        "sys.argv = ['setup.py', '-q', 'egg_info', '-e', sys.argv[1]]\n"
         "dist = distutils.core.run_setup('setup.py', stop_after='commandline')\n"
         "command = dist.get_command_obj('bdist_wheel'); command.ensure_finalized()\n"
         "print('-'.join(command.get_tag())); print(*sorted(dist.packages))\n"

@@ -10,6 +10,9 @@ and only then does the kernel with running maxima do anything; the host never wa
 Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads the annotations of its kernels as types of its own)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,0 +1,1 @@
+"""Benchmarks: one `bench_<op>` module per op over one harness."""
