@@ -37,7 +37,9 @@ def load_settings(cls: type[S], path: str | Path | None = None, overrides: Seque
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as problem:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(problem)})") from None
+            raise ConfigError(
+                f"override {override!r}: the value is not YAML ({_one_line(problem)})"
+            ) from None
         _assign(tree, name.split("."), value)
     return from_tree(cls, tree, where=str(path) if path is not None else "")
 
@@ -105,7 +107,9 @@ def type_name(kind: Any) -> str:
 
 def _build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'config'}{where}: expected a group of settings, got {tree!r}")
+        raise ConfigError(
+            f"{prefix.rstrip('.') or 'config'}{where}: expected a group of settings, got {tree!r}"
+        )
     names = [field.name for field in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -139,7 +143,8 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         if isinstance(value, (list, tuple)) and (many or len(value) == len(args)):
             kinds = [args[0]] * len(value) if many else args
             return tuple(
-                _convert(k, v, f"{name}[{i}]", where) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+                _convert(k, v, f"{name}[{i}]", where)
+                for i, (k, v) in enumerate(zip(kinds, value, strict=True))
             )
     elif origin is dict:
         if isinstance(value, Mapping):

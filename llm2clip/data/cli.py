@@ -14,6 +14,7 @@ from llm2clip.files import write_json
 def add_data_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the command `data` with its sub-commands to the command line's parser."""
     data = subparsers.add_parser("data", help="build a data set, or check one", description=__doc__)
+    data.set_defaults(handler=run_data)
     commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
     cataclysm = commands.add_parser(

@@ -1,9 +1,9 @@
 """Checkpoints of a run: complete or absent, checked on load, never unpickled.
 
-    run/checkpoints/step_00000200/   trainable.safetensors   parameters and buffers that training changes
-                                     optimizer.pt            AdamW state (loaded with weights_only)
-                                     meta.json               step, data position, checksums
-    run/checkpoints/latest           name of the newest one
+run/checkpoints/step_00000200/   trainable.safetensors   parameters and buffers that training changes
+                                 optimizer.pt            AdamW state (loaded with weights_only)
+                                 meta.json               step, data position, checksums
+run/checkpoints/latest           name of the newest one
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> Path:
+def save(
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
+) -> Path:
     """Write a checkpoint under `directory/checkpoints`, point `latest` at it, remove all but `keep`."""
     root = directory / "checkpoints"
     final = root / f"step_{progress.step:08d}"
@@ -65,7 +67,9 @@ def save(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, p
         meta["sha256"] = {name: sha256_file(tmp / name) for name in (TENSORS, OPTIMIZER)}
         write_json(tmp / META, meta)
     write_text(root / "latest", final.name + "\n")
-    complete = sorted(p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_") and "." not in p.name)
+    complete = sorted(
+        p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_") and "." not in p.name
+    )
     for old in complete[: -max(1, keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.data.images import ImageTransform, decode_image
-from llm2clip.data.loader import Loader
+from llm2clip.data.loader import Loader, Position
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
 from llm2clip.errors import BadSampleError, ConfigError
-from llm2clip.models.groups import parameter_groups
+from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, TrainSettings
 from llm2clip.training.optim import NamedParameters
@@ -98,10 +98,12 @@ class ClipTask:
         self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
 
     def groups(self) -> Mapping[str, NamedParameters]:
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return {g: [(names[id(p)], p) for p in members] for g, members in parameter_groups(self.model).items()}
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault(group_of(name), []).append((name, parameter))
+        return groups
 
-    def batches(self, epoch: int, batch: int) -> Iterator[tuple[tuple[int, int], Sequence[ImageText]]]:
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[ImageText]]]:
         data, run = self.settings.data, self.settings.run
         return iter(
             Loader(
@@ -165,7 +167,9 @@ class ClipTask:
         self.model.save_pretrained(path)
 
 
-def require_stored_captions(source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64) -> None:
+def require_stored_captions(
+    source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64
+) -> None:
     """Check a spread of samples, so that a store of other data fails now and not in the middle of an epoch.
 
     Raises:
@@ -217,7 +221,9 @@ def _to_image_text(
     text = pick_caption(sample, captions, rng)
     if sample.image is None:
         raise BadSampleError(sample.key, "it has no image")
-    return ImageText(sample.key, sample.group, transform(decode_image(sample.image, key=sample.key), rng), text)
+    return ImageText(
+        sample.key, sample.group, transform(decode_image(sample.image, key=sample.key), rng), text
+    )
 
 
 def _one_per_group(samples: Sequence[ImageText]) -> list[ImageText]:

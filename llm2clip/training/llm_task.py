@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.loader import Loader
+from llm2clip.data.loader import Loader, Position
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import open_source
 from llm2clip.errors import ConfigError
@@ -54,14 +54,17 @@ class CaptionPairEmbedder(nn.Module):
         # neighbours in length share a forward, so that little of it is padding
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i].ids))
         parts = [
-            self.encoder(self.encoder.collate([tokens[i] for i in group])) for group in _length_groups(order, tokens)
+            self.encoder(self.encoder.collate([tokens[i] for i in group]))
+            for group in _length_groups(order, tokens)
         ]
         position = torch.empty(len(order), dtype=torch.long)
         position[torch.tensor(order)] = torch.arange(len(order))
         return torch.cat(parts)[position.to(parts[0].device)]
 
 
-def _length_groups(order: Sequence[int], tokens: Sequence[Tokens], slack: float = 1.25) -> Iterator[list[int]]:
+def _length_groups(
+    order: Sequence[int], tokens: Sequence[Tokens], slack: float = 1.25
+) -> Iterator[list[int]]:
     """Split indices sorted by length where the longest would pad the shortest by more than `slack`."""
     group: list[int] = []
     for index in order:
@@ -78,7 +81,9 @@ class LLMTask:
 
     title = "fine-tuning the LLM"
 
-    def __init__(self, settings: FinetuneLLMSettings, world: World, encoder: CaptionEncoder | None = None) -> None:
+    def __init__(
+        self, settings: FinetuneLLMSettings, world: World, encoder: CaptionEncoder | None = None
+    ) -> None:
         if not settings.data.train:
             raise ConfigError("data.train: expected at least one source of caption pairs")
         self.settings = settings
@@ -96,7 +101,7 @@ class LLMTask:
     def groups(self) -> Mapping[str, NamedParameters]:
         return {"lora": [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]}
 
-    def batches(self, epoch: int, batch: int) -> Iterator[tuple[tuple[int, int], Sequence[CaptionPair]]]:
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[CaptionPair]]]:
         data, run = self.settings.data, self.settings.run
         return iter(
             Loader(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from llm2clip import progress as display
 from llm2clip.config import dump_yaml
+from llm2clip.data.loader import Position
 from llm2clip.errors import CheckpointError, ConfigError, TrainingError
 from llm2clip.files import write_json, write_text
-from llm2clip.settings import OptimSettings, Precision, RunSettings
+from llm2clip.settings import OptimSettings, RunSettings
 from llm2clip.training import checkpoint, gradient_cache, optim
 from llm2clip.training.metrics import MetricsLog
 from llm2clip.training.world import World
@@ -42,7 +43,7 @@ class Task(Protocol):
         """Parameter groups by name, in a fixed order."""
         ...
 
-    def batches(self, epoch: int, batch: int) -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[Any]]]:
         """Endless `(position after the batch, samples of this rank)` from a position on."""
         ...
 
@@ -87,7 +88,9 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
     at = checkpoint.Progress()
     if newest := checkpoint.latest(out):
         if not run.resume:
-            raise ConfigError(f"run.out: {out} holds a run already and run.resume is false; choose another directory")
+            raise ConfigError(
+                f"run.out: {out} holds a run already and run.resume is false; choose another directory"
+            )
         at = checkpoint.load(newest, task.module, optimizer)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
@@ -118,7 +121,9 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
             stop = world.any(stopping())
             if at.step % run.log_every == 0 or at.step == total:
                 values = {"loss": loss, **metrics, "grad_norm": norm}
-                log.write(at.step, {k: float(v) for k, v in values.items()} | {"lr": rate} | window.rates(world))
+                log.write(
+                    at.step, {k: float(v) for k, v in values.items()} | {"lr": rate} | window.rates(world)
+                )
             if run.eval_every and at.step % run.eval_every == 0 and at.step < total:
                 log.write(at.step, task.evaluate())
             if stop or at.step == total or at.step % run.save_every == 0:
@@ -136,7 +141,10 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
             if final:
                 log.write(at.step, final)
             task.export(result)
-            write_json(out / "summary.json", {"steps": at.step, "seconds": at.seconds, "samples": at.samples, **final})
+            write_json(
+                out / "summary.json",
+                {"steps": at.step, "seconds": at.seconds, "samples": at.samples, **final},
+            )
             write_text(result / "DONE", "complete\n")
         world.barrier()
     log.close()
@@ -155,17 +163,19 @@ class _Window:
         self._start = self._last = time.perf_counter()
         self._waited, self._samples = 0.0, 0
 
-    def fetch(self, batches: Iterator[tuple[tuple[int, int], Sequence[Any]]]) -> tuple[tuple[int, int], Sequence[Any]]:
+    def fetch(self, batches: Iterator[tuple[Position, Sequence[Any]]]) -> tuple[Position, Sequence[Any]]:
         begin = time.perf_counter()
         item = next(batches)
         self._waited += time.perf_counter() - begin
         return item
 
-    def advance(self, at: checkpoint.Progress, position: tuple[int, int], samples: int) -> checkpoint.Progress:
+    def advance(self, at: checkpoint.Progress, position: Position, samples: int) -> checkpoint.Progress:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._samples += samples
-        return checkpoint.Progress(at.step + 1, *position, at.samples + samples, at.seconds + seconds)
+        return checkpoint.Progress(
+            at.step + 1, position.epoch, position.batch, at.samples + samples, at.seconds + seconds
+        )
 
     def rates(self, world: World) -> dict[str, float]:
         elapsed = time.perf_counter() - self._start
@@ -190,10 +200,16 @@ def _prepare(task: Task, run: RunSettings, world: World) -> Path:
     return out
 
 
-def _autocast(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    if precision == "fp32":
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    if precision == "fp32" or (precision == "auto" and not _multiplies_bf16(device)):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -21,7 +21,9 @@ class MetricsLog:
         enabled: False writes nothing (ranks other than 0).
     """
 
-    def __init__(self, directory: Path, start: int = 0, *, tensorboard: bool = False, enabled: bool = True) -> None:
+    def __init__(
+        self, directory: Path, start: int = 0, *, tensorboard: bool = False, enabled: bool = True
+    ) -> None:
         self.path = directory / "metrics.jsonl"
         self._enabled = enabled
         self._writer: Any = None

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.errors import ConfigError
+from llm2clip.models.groups import no_decay
 from llm2clip.settings import OptimSettings
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels, not to norms, biases and the logit scale."""
-    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 def build_optimizer(groups: Mapping[str, NamedParameters], settings: OptimSettings) -> torch.optim.AdamW:
@@ -36,7 +32,7 @@ def build_optimizer(groups: Mapping[str, NamedParameters], settings: OptimSettin
     for group, parameters in groups.items():
         scale = settings.lr_scales.get(group, 1.0)
         for decay in (True, False):
-            chosen = [p for name, p in parameters if p.requires_grad and decays(name, p) is decay]
+            chosen = [p for name, p in parameters if p.requires_grad and no_decay(name, p) is not decay]
             if chosen:
                 entries.append(
                     {
@@ -70,7 +66,9 @@ def lr_factor(step: int, total: int, settings: OptimSettings) -> float:
     return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total: int, settings: OptimSettings) -> float:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, total: int, settings: OptimSettings
+) -> float:
     """Set every group's learning rate for `step`; returns the peak group's (scale 1) value."""
     rate = settings.lr * lr_factor(step, total, settings)
     for group in optimizer.param_groups:

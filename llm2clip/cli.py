@@ -1,0 +1,136 @@
+"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | env`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llm2clip.errors import UserError
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 for an error the user can act on."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return args.handler(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command."""
+    parser = argparse.ArgumentParser(
+        prog="llm2clip", description="LLM2CLIP: a fine-tuned decoder LLM teaches CLIP's visual encoder."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_configured(
+        commands, "finetune-llm", "LLM stage: caption contrastive fine-tuning with LoRA", _finetune_llm
+    )
+    _add_configured(commands, "embed", "embed every caption once into a store", _embed)
+    _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
+    _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+
+    demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
+    demo.add_argument(
+        "--data", default="cataclysm", help="`cataclysm` or a directory with train-*/val-* shards"
+    )
+    demo.add_argument("--out", default="runs/demo", help="directory of everything the demo writes")
+    demo.add_argument("--config", help="YAML file that replaces the demo's settings for this data")
+    demo.set_defaults(handler=_demo)
+
+    from llm2clip.data.cli import add_data_parser
+
+    add_data_parser(commands)
+
+    env = commands.add_parser("env", help="versions, what was built, which backend each op uses")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(handler=_env)
+    return parser
+
+
+def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> None:
+    parser = commands.add_parser(name, help=text, description=f"{text}. Settings: docs/config.md.")
+    parser.add_argument("--config", help="YAML file with settings")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings, e.g. optim.lr=1e-3")
+    parser.set_defaults(handler=handler)
+
+
+def _settings(args: argparse.Namespace, cls: type) -> Any:
+    """The resolved settings, or None when they were only to be printed."""
+    from llm2clip.config import dump_yaml, load_settings
+
+    settings = load_settings(cls, args.config, args.overrides)
+    if args.print_config:
+        print(dump_yaml(settings), end="")
+        return None
+    return settings
+
+
+def _finetune_llm(args: argparse.Namespace) -> int:
+    from llm2clip.settings import FinetuneLLMSettings
+
+    if (settings := _settings(args, FinetuneLLMSettings)) is not None:
+        from llm2clip.training.run import finetune_llm
+
+        print(finetune_llm(settings))
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EmbedSettings
+
+    if (settings := _settings(args, EmbedSettings)) is not None:
+        from llm2clip.embed import embed
+
+        store = embed(settings)
+        print(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from llm2clip.settings import TrainSettings
+
+    if (settings := _settings(args, TrainSettings)) is not None:
+        from llm2clip.training.run import train_clip
+
+        print(train_clip(settings))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EvaluateSettings
+
+    if (settings := _settings(args, EvaluateSettings)) is not None:
+        from llm2clip.evaluation import evaluate
+
+        evaluate(settings)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from llm2clip.demo import run_demo
+
+    return run_demo(data=args.data, out=args.out, config=args.config)
+
+
+def _env(args: argparse.Namespace) -> int:
+    from llm2clip_kernels import build_info
+
+    from llm2clip.environment import environment, render
+
+    info = {**environment(), "kernels": build_info()}
+    print(json.dumps(info, indent=2, default=str) if args.json else render(info))
+    return 0

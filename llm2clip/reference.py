@@ -1,0 +1,69 @@
+"""Writes docs/config.md, the reference of all settings, from the dataclasses (`--check`: only compares)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llm2clip.config import iter_fields, type_name
+from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
+
+COMMANDS: tuple[type, ...] = (FinetuneLLMSettings, EmbedSettings, TrainSettings, EvaluateSettings)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+
+HEAD = """# Settings
+
+Generated from `llm2clip/settings.py` by `make docs`. Each command takes a YAML file (`--config`) and
+`name=value` overrides, which win; `--print-config` shows the result. Unknown names and wrong types are refused.
+Both of these set the same value:
+
+```yaml
+optim:
+  lr: 3e-4
+```
+
+```sh
+llm2clip train --config train.yaml optim.lr=3e-4
+```
+"""
+
+
+def render() -> str:
+    """The page as Markdown."""
+    parts = [HEAD]
+    for command in COMMANDS:
+        parts.append(f"\n## {(command.__doc__ or '').strip()}\n")
+        parts.append("| setting | type | default | meaning |\n|---|---|---|---|")
+        for name, kind, default, text in iter_fields(command):
+            row = (f"`{name}`", _cell(type_name(kind)), f"`{_default(default)}`", _cell(text))
+            parts.append(f"| {' | '.join(row)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value) if value != "" else '""'
+
+
+def main() -> int:
+    """Write the page, or with `--check` report whether it is up to date."""
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(render(), encoding="utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == render():
+        return 0
+    print(f"{PAGE.name} differs from llm2clip/settings.py; run: make docs", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

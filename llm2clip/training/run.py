@@ -1,0 +1,25 @@
+"""The two training commands: settings in, result directory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm2clip.settings import FinetuneLLMSettings, TrainSettings
+from llm2clip.training.loop import train
+from llm2clip.training.world import start_world
+
+
+def finetune_llm(settings: FinetuneLLMSettings) -> Path:
+    """Run the LLM stage; returns the directory of the adapter (a plain peft directory)."""
+    from llm2clip.training.llm_task import LLMTask
+
+    with start_world(settings.run.device, settings.run.threads) as world:
+        return train(LLMTask(settings, world), settings.run, settings.optim, world)
+
+
+def train_clip(settings: TrainSettings) -> Path:
+    """Run the CLIP stage; returns the directory of the model (`LLM2CLIP.from_pretrained` reads it)."""
+    from llm2clip.training.clip_task import ClipTask
+
+    with start_world(settings.run.device, settings.run.threads) as world:
+        return train(ClipTask(settings, world), settings.run, settings.optim, world)
