@@ -14,6 +14,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
 CODE := llm2clip kernels benchmarks tests setup.py
 
+# the build must find the environment's cmake and ninja, which may be newer than the system's
+export PATH := $(abspath $(BIN)):$(PATH)
+# OpenMP threads that spin at a barrier stall each other as soon as another process needs a core
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install demo test lint fmt docs bench wheel clean
 .DEFAULT_GOAL := help
 

@@ -90,15 +90,12 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", platform_tag if self.distribution.has_ext_modules() else "any"
 
 
-if platform.system() == "Linux" and wants_native():
-    native = {"ext_modules": [Extension(LIBRARY, sources=[])]}
-else:
-    native = {}
+modules = [Extension(LIBRARY, sources=[])] if platform.system() == "Linux" and wants_native() else []
 
 setup(
     packages=[*find_packages(include=["llm2clip", "llm2clip.*"]), *find_packages("kernels")],
     package_dir={"llm2clip": "llm2clip", "llm2clip_kernels": "kernels/llm2clip_kernels"},
-    package_data={"llm2clip": ["py.typed"], "llm2clip_kernels": ["py.typed"]},
+    package_data={"llm2clip": ["py.typed", "demo.yaml"], "llm2clip_kernels": ["py.typed"]},
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
-    **native,
+    ext_modules=modules,
 )

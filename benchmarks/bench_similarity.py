@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from llm2clip_kernels import infonce_loss
 from torch import Tensor
 
 from benchmarks import harness
+from llm2clip_kernels import infonce_loss
 
 SCALE = 1 / 0.07
 # a provider further than this from fp64 is wrong, and its speed is not printed

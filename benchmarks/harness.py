@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from llm2clip_kernels import build_info
 
 RESULTS = Path(__file__).parent / "results"

@@ -127,9 +127,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _env(args: argparse.Namespace) -> int:
-    from llm2clip_kernels import build_info
-
     from llm2clip.environment import environment, render
+    from llm2clip_kernels import build_info
 
     info = {**environment(), "kernels": build_info()}
     print(json.dumps(info, indent=2, default=str) if args.json else render(info))

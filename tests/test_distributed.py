@@ -13,6 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gloo import run_on_ranks  # noqa: E402
+
 from llm2clip_kernels import infonce_loss, nll_loss  # noqa: E402
 
 SIZES = [3, 5, 2]

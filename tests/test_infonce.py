@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from llm2clip_kernels import infonce_loss, nll_loss
 from torch import Tensor
+
+from llm2clip_kernels import infonce_loss, nll_loss
 
 
 def pair(rows: int = 21, dim: int = 12, noise: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from llm2clip_kernels import native, similarity_lse
 from llm2clip_kernels.similarity_lse import chunked, similarity_lse_reference, similarity_lse_with_positives
 from llm2clip_kernels.similarity_lse import op as op_module
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
