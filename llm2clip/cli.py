@@ -6,12 +6,14 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm2clip.errors import UserError
 
 Handler = Callable[[argparse.Namespace], int]
+TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "safetensors", "matplotlib")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +22,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        _quiet_libraries(args)
         return args.handler(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAINER_PACKAGES:
+            raise
+        print(f"error: {error.name} is not installed; pip install 'llm2clip[train]'", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away (`| head`): nothing to report, nobody to tell
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
@@ -68,11 +79,23 @@ def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> No
     parser.set_defaults(handler=handler)
 
 
+def _quiet_libraries(args: argparse.Namespace) -> None:
+    """Leave the terminal to our own progress: no bars and no deprecation notes of transformers.
+
+    Only for commands that load it anyway; as a library the package changes nobody's logging.
+    """
+    if args.handler in (_finetune_llm, _embed, _evaluate, _demo) and not getattr(args, "print_config", False):
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def _settings(args: argparse.Namespace, cls: type) -> Any:
     """The resolved settings, or None when they were only to be printed."""
     from llm2clip.config import dump_yaml, load_settings
 
-    settings = load_settings(cls, args.config, args.overrides)
+    settings: Any = load_settings(cls, args.config, args.overrides)
     if args.print_config:
         print(dump_yaml(settings), end="")
         return None
