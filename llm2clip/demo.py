@@ -6,7 +6,6 @@ Every step leaves a finished result or a resumable one, so the same command goes
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from llm2clip.config import from_tree, read_yaml
 from llm2clip.errors import ConfigError, DataError, ModelError
+from llm2clip.files import read_json
 from llm2clip.progress import format_seconds
 from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
 
@@ -96,11 +96,11 @@ def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
     Raises:
         DataError: no such directory, or no training and held-out shards in it.
     """
-    languages = int(settings.get("translations", 2))
+    languages, val_share = _data_settings(settings)
     if data == "cataclysm":
         from llm2clip.data.cataclysm import build_cataclysm
 
-        build_cataclysm(out, val_share=float(settings.get("val_share", 0.1)))
+        build_cataclysm(out, val_share=val_share)
         return _described(out, languages)
     folder = Path(data)
     if not folder.is_dir():
@@ -115,18 +115,38 @@ def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
     return DemoData(train, val, (short,), (long,), translations)
 
 
+def _data_settings(settings: Mapping[str, Any]) -> tuple[int, float]:
+    known = {"translations": 2, "val_share": 0.1}
+    if unknown := sorted(set(settings) - set(known)):
+        raise ConfigError(f"section data: unknown {', '.join(unknown)}; it has {', '.join(known)}")
+    languages, share = ({**known, **settings}[name] for name in known)
+    if type(languages) is not int or languages < 0:
+        raise ConfigError(f"section data: translations: expected a number of languages, got {languages!r}")
+    if type(share) is not float or not 0.0 < share < 1.0:
+        raise ConfigError(f"section data: val_share: expected a share between 0 and 1, got {share!r}")
+    return languages, share
+
+
 def _described(folder: Path, languages: int) -> DemoData:
-    described = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    shards = {s: tuple(str(folder / name) for name in described["shards"][s]) for s in ("train", "val")}
-    # European languages first: their captions cost a tenth of the tokens in this model's vocabulary
-    order = sorted(
-        described["translations"], key=lambda name: (name not in ("es", "fr", "de", "pl", "pt"), name)
-    )
-    translations = {name: described["translations"][name] for name in order[:languages]}
-    captions = described["captions"]
-    return DemoData(
-        shards["train"], shards["val"], tuple(captions["short"]), tuple(captions["long"]), translations
-    )
+    file = folder / "dataset.json"
+    described = read_json(file, DataError)
+    try:
+        shards = {s: tuple(str(folder / name) for name in described["shards"][s]) for s in ("train", "val")}
+        captions, fields = described["captions"], dict(described["translations"])
+        # European languages first: their captions cost a tenth of the tokens in this model's vocabulary
+        order = sorted(fields, key=lambda name: (name not in ("es", "fr", "de", "pl", "pt"), name))
+        return DemoData(
+            shards["train"],
+            shards["val"],
+            tuple(captions["short"]),
+            tuple(captions["long"]),
+            {name: fields[name] for name in order[:languages]},
+        )
+    except (KeyError, TypeError, ValueError) as problem:
+        raise DataError(
+            f"{file} is not as `llm2clip data` writes it ({type(problem).__name__}: {problem}): expected `shards` and "
+            "`captions` and `translations`. Build the data again, or remove the file to have the fields guessed."
+        ) from None
 
 
 def guess_roles(train: Sequence[str], languages: int, probe: int = 400) -> tuple[str, str, dict[str, str]]:
@@ -190,6 +210,9 @@ def _sections(config: str | None) -> dict[str, dict[str, Any]]:
     unknown = sorted(set(sections) - set(own))
     if unknown:
         raise ConfigError(f"{config}: unknown section {', '.join(unknown)}; the demo has {', '.join(own)}")
+    for name, section in sections.items():
+        if section is not None and not isinstance(section, dict):
+            raise ConfigError(f"{config}: section {name}: expected a group of settings, got {section!r}")
     return {name: sections.get(name) or {} for name in own}
 
 
@@ -212,7 +235,11 @@ def _fill(cls: type, sections: Mapping[str, Any], *known: Mapping[str, Any]) -> 
 def _merge(tree: dict[str, Any], part: Mapping[str, Any]) -> None:
     for name, value in part.items():
         if isinstance(value, Mapping):
-            _merge(tree.setdefault(name, {}), value)
+            if not isinstance(tree.get(name), dict):
+                tree[name] = {}
+            _merge(tree[name], value)
+        elif value is None and isinstance(tree.get(name), dict):
+            continue  # an empty group in the file changes nothing
         else:
             tree[name] = value
 

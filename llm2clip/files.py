@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,19 +27,37 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn "no space left" and "read-only" into one clear error that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        cause = _os_error(error)
+        if cause in (errno.ENOSPC, errno.EDQUOT):
             where = os.path.dirname(os.path.abspath(path))
             free = shutil.disk_usage(where).free >> 20 if os.path.isdir(where) else 0
             raise UserError(
                 f"no space left on disk while writing {os.fspath(path)} ({free} MiB free). "
                 "What was complete before is intact; free some space and run the same command again."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES):
+        if cause in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
-                f"cannot write {os.fspath(path)}: {error.strerror}. Choose a writable directory."
+                f"cannot write {os.fspath(path)}: {os.strerror(cause)}. Choose a writable directory."
+            ) from error
+        if cause in (errno.ENOTDIR, errno.EEXIST) and not isinstance(error, UserError):
+            raise UserError(
+                f"cannot write {os.fspath(path)}: a part of this path is a file, not a directory. Choose another path."
             ) from error
         raise
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """The errno behind an exception; torch and safetensors hide it in a context or in the text."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen and not isinstance(error, UserError):
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
@@ -55,12 +74,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`.
 
     On an exception the temporary file is removed and `path` is untouched. `path` may also name a
-    directory to be created: make and fill the yielded path; an existing directory is replaced.
+    directory to be created: make and fill the yielded path; an existing directory is replaced. What a killed
+    process left half-written beside `path` is removed.
+
+    Raises:
+        UserError: no space is left, or the place cannot be written; `path` is untouched.
     """
     final = Path(path)
     tmp = final.with_name(f"{final.name}{TMP_SUFFIX}.{os.getpid()}")
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(final)
         try:
             yield tmp
             if tmp.is_dir():
@@ -72,10 +96,34 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(tmp, final)
             fsync_directory(final.parent)
         finally:
-            if tmp.is_dir():
-                shutil.rmtree(tmp, ignore_errors=True)
-            else:
-                tmp.unlink(missing_ok=True)
+            _remove(tmp)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_left_over(final: Path) -> None:
+    prefix = f"{final.name}{TMP_SUFFIX}."
+    for name in os.listdir(final.parent):
+        if name.startswith(prefix) and name[len(prefix) :].isdigit():
+            process = int(name[len(prefix) :])
+            # a restarted container gives the same number again: what has our own is a leftover too
+            if process == os.getpid() or not _is_running(process):
+                _remove(final.parent / name)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _sync_tree(root: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
+from llm2clip.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -18,6 +20,18 @@ def setting(default: T | Any = MISSING, help: str = "", *, factory: Any = None) 
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)  # type: ignore[no-any-return]
     return field(default=default, metadata=metadata)  # type: ignore[no-any-return]
+
+
+def at_least(group: str, settings: Any, least: int, *names: str) -> None:
+    """Refuse settings below `least` (and NaN); null passes.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{group}.{name}: expected at least {least}, got {value!r}")
 
 
 Precision = Literal["fp32", "bf16"]
@@ -132,8 +146,13 @@ class OptimSettings:
     eps: float = setting(1e-8, "AdamW epsilon")
     warmup_steps: int = setting(50, "steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = setting("cosine", "what follows the warm-up")
-    final_lr: float = setting(0.0, "learning rate at the last step, as a share of the peak")
+    final_lr: float = setting(0.0, "learning rate that the cosine ends at, as a share of the peak")
     grad_clip: float = setting(1.0, "largest gradient norm over all parameters; 0 never clips")
+
+    def __post_init__(self) -> None:
+        at_least("optim", self, 0, "lr", "weight_decay", "eps", "warmup_steps", "final_lr", "grad_clip")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {list(self.betas)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +180,10 @@ class RunSettings:
     eval_every: int = setting(0, "steps between two evaluations on `data.val`; 0: only at the end")
     resume: bool = setting(True, "go on from the newest checkpoint in `out`; False refuses a used directory")
     tensorboard: bool = setting(False, "also write TensorBoard events")
+
+    def __post_init__(self) -> None:
+        at_least("run", self, 1, "batch_size", "log_every", "save_every", "keep_checkpoints")
+        at_least("run", self, 0, "steps", "epochs", "micro_batch", "eval_every", "threads", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)

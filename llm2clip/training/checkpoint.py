@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm2clip.errors import CheckpointError
-from llm2clip.files import atomic_path, disk_errors, read_json, sha256_file, write_json, write_text
+from llm2clip.files import atomic_path, read_json, sha256_file, write_json, write_text
 
 TENSORS, OPTIMIZER, META = "trainable.safetensors", "optimizer.pt", "meta.json"
 
@@ -58,19 +59,20 @@ def save(
     root = directory / "checkpoints"
     final = root / f"step_{progress.step:08d}"
     with atomic_path(final) as tmp:
-        with disk_errors(final):
-            tmp.mkdir()
-            state = {name: t.cpu().contiguous() for name, t in trainable_state(module).items()}
-            save_file(state, str(tmp / TENSORS))
-            torch.save(optimizer.state_dict(), tmp / OPTIMIZER)
+        tmp.mkdir()
+        state = {name: t.cpu().contiguous() for name, t in trainable_state(module).items()}
+        save_file(state, str(tmp / TENSORS))
+        # through a Python file, whose errors say why (a full disk); torch's own writer does not
+        with open(tmp / OPTIMIZER, "wb") as handle:
+            torch.save(optimizer.state_dict(), handle)
         meta = {"progress": progress.__dict__, "torch": str(torch.__version__)}
         meta["sha256"] = {name: sha256_file(tmp / name) for name in (TENSORS, OPTIMIZER)}
         write_json(tmp / META, meta)
     write_text(root / "latest", final.name + "\n")
-    complete = sorted(
-        p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_") and "." not in p.name
-    )
-    for old in complete[: -max(1, keep)]:
+    steps = sorted(p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_"))
+    complete = [p for p in steps if "." not in p.name]
+    # names with a dot were left by a process that was killed while it wrote or replaced a checkpoint
+    for old in [*complete[: -max(1, keep)], *(p for p in steps if "." in p.name)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -100,21 +102,34 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Pro
         CheckpointError: a file is damaged, or names or shapes differ from the module's.
     """
     meta: dict[str, Any] = read_json(path / META, CheckpointError)
-    for name, expected in meta["sha256"].items():
+    try:
+        progress = Progress(**meta["progress"])
+        checksums = {name: meta["sha256"][name] for name in (TENSORS, OPTIMIZER)}
+    except (KeyError, TypeError) as problem:
+        raise CheckpointError(
+            f"{path / META} is not that of a checkpoint ({type(problem).__name__}: {problem})"
+        ) from None
+    for name, expected in checksums.items():
         if not (path / name).exists() or sha256_file(path / name) != expected:
             raise CheckpointError(
                 f"{path / name} is damaged (its SHA-256 differs from meta.json); remove {path} and write the name of "
                 "an older checkpoint into `latest` beside it"
             )
     load_trainable(path, module)
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu"))
-    except ValueError as problem:
+    except (ValueError, KeyError) as problem:
         raise CheckpointError(
             f"{path}: the optimizer's parameter groups differ ({problem}); resume with the settings of the run, or "
             "choose another run.out"
         ) from None
-    return Progress(**meta["progress"])
+    except (UnpicklingError, RuntimeError) as problem:
+        raise CheckpointError(f"{path / OPTIMIZER} cannot be read safely: {problem}") from None
+    # moments come from the checkpoint, rates and decay from the settings
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    return progress
 
 
 def load_trainable(path: Path, module: nn.Module) -> None:

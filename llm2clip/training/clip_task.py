@@ -20,7 +20,7 @@ from llm2clip.data.loader import Loader, Position
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
-from llm2clip.errors import BadSampleError, ConfigError
+from llm2clip.errors import BadSampleError, ConfigError, DataError
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, TrainSettings
@@ -89,11 +89,12 @@ class ClipTask:
         self._source: Source = open_source(
             settings.data.train, weights=settings.data.weights, limit=settings.data.limit
         )
+        _require_roles(settings.data.captions)
         require_stored_captions(self._source, settings.data.captions, self._store)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
         self.model = LLM2CLIP(settings.model, self._store.dim, self._store.fingerprint).to(world.device)
         self.module: nn.Module = TwoTowers(self.model)
-        self.batches_per_epoch = len(self._source) // settings.run.batch_size
+        self.samples = len(self._source)
         vision = self.model.vision_model
         self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
 
@@ -147,8 +148,7 @@ class ClipTask:
         return value, {"positive_similarity": similarity, "logit_scale": scale.detach()}
 
     def after_step(self) -> None:
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0.0, self.settings.model.logit_scale_max)
+        self.model.clamp_logit_scale()
 
     def names(self, samples: Sequence[ImageText]) -> list[str]:
         return [sample.key for sample in samples]
@@ -174,15 +174,36 @@ def require_stored_captions(
 
     Raises:
         StoreError: a caption is not in the store.
+        DataError: none of the samples has a caption; the fields that were found are named.
     """
     stride = max(1, len(source) // probe)
-    texts = []
+    texts: list[str] = []
+    found: set[str] = set()
     for index in range(0, len(source), stride):
         try:
-            texts += [text for _, text in _roles(source.captions_of(index), captions)]
+            sample = source.captions_of(index)
         except BadSampleError:
             continue
+        found.update(sample.captions)
+        texts += [text for _, text in _roles(sample, captions)]
+    if not texts:
+        raise DataError(
+            f"{source.name}: no caption in {', '.join((*captions.short, *captions.long))}; the caption fields found "
+            f"are: {', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."
+        )
     store.rows(texts)
+
+
+def _require_roles(captions: CaptionSettings) -> None:
+    chances = captions.probabilities
+    if unknown := sorted(set(chances) - {"short", "long"}):
+        raise ConfigError(
+            f"data.captions.probabilities: expected the roles short and long, got {', '.join(unknown)}"
+        )
+    if chances and not (min(chances.values()) >= 0 and sum(chances.values()) > 0):
+        raise ConfigError(
+            f"data.captions.probabilities: expected shares of at least 0, one of them above, got {chances}"
+        )
 
 
 def _roles(sample: Sample, captions: CaptionSettings) -> list[tuple[str, str]]:

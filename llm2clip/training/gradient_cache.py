@@ -3,7 +3,7 @@
 Gradient cache (Gao et al. 2021, arXiv 2101.06983): embed every chunk without a graph, take the loss over
 all embeddings at once and its gradients on them, then embed each chunk again with a graph and feed it the
 cached gradients. The result equals one big batch; memory is that of one chunk. Both forwards of a chunk run
-under the same random state, so dropout agrees.
+under the same random state, so dropout agrees. (Batch normalisation that still learns would see chunks.)
 """
 
 from __future__ import annotations
@@ -94,19 +94,19 @@ def backward(
         with state.replay(device), _without_exchange(module, skip=not last):
             with autocast():
                 outputs = module(chunk)
-            surrogate = torch.zeros((), device=device)
+            roots, gradients = [], []
             for name, output in outputs.items():
                 gradient = leaves[name].grad
-                if output.dim() == 0:
-                    # a shared scalar: its gradient counts once; times zero keeps it in every chunk's graph
-                    weight = gradient if last and gradient is not None else torch.zeros_like(output)
-                    surrogate = surrogate + output.float() * weight.float()
-                    continue
-                stop = starts[name] + len(output)
-                if gradient is not None:
-                    surrogate = surrogate + (output.float() * gradient[starts[name] : stop].float()).sum()
-                starts[name] = stop
-            surrogate.backward()
+                if output.dim() > 0:
+                    start, starts[name] = starts[name], starts[name] + len(output)
+                    gradient = None if gradient is None else gradient[start : starts[name]]
+                elif not last:
+                    gradient = None  # a scalar that all chunks share counts once
+                if gradient is not None and output.requires_grad:
+                    roots.append(output)
+                    gradients.append(gradient)
+            if roots:
+                torch.autograd.backward(roots, gradients)
     return value.detach(), metrics
 
 

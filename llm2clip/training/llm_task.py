@@ -24,7 +24,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.tokens import Tokens
 from llm2clip.settings import CaptionSettings, FinetuneLLMSettings
 from llm2clip.training.optim import NamedParameters
-from llm2clip.training.pairs import CaptionPair, PairSource, caption_pair, without_duplicates
+from llm2clip.training.pairs import CaptionPair, caption_pair, pair_source, without_duplicates
 from llm2clip.training.world import World
 from llm2clip_kernels import infonce_loss
 
@@ -93,8 +93,8 @@ class LLMTask:
         self.encoder.add_lora(settings.lora)
         self.module: nn.Module = CaptionPairEmbedder(self.encoder)
         source = open_source(settings.data.train, weights=settings.data.weights, limit=settings.data.limit)
-        self._source = PairSource(source, settings.data.captions, show=world.is_main)
-        self.batches_per_epoch = len(self._source) // settings.run.batch_size
+        self._source = pair_source(source, settings.data.captions, show=world.is_main)
+        self.samples = len(self._source)
         self._hard_negative = HardNegativeNLLLoss(scale=settings.loss.scale)
         self._scale = settings.loss.scale
 

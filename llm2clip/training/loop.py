@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip import progress as display
-from llm2clip.config import dump_yaml
 from llm2clip.data.loader import Position
-from llm2clip.errors import CheckpointError, ConfigError, TrainingError
+from llm2clip.errors import ConfigError, TrainingError, UserError
 from llm2clip.files import write_json, write_text
 from llm2clip.settings import OptimSettings, RunSettings
-from llm2clip.training import checkpoint, gradient_cache, optim
+from llm2clip.training import checkpoint, directory, gradient_cache, optim
 from llm2clip.training.metrics import MetricsLog
 from llm2clip.training.world import World
 
@@ -31,13 +30,13 @@ class Task(Protocol):
         title: name shown beside the progress.
         settings: the resolved settings, saved with the run.
         module: maps a chunk to named outputs (gradient_cache.backward); moved to the device by the task.
-        batches_per_epoch: global batches of one epoch.
+        samples: training samples of one epoch.
     """
 
     title: str
     settings: Any
     module: nn.Module
-    batches_per_epoch: int
+    samples: int
 
     def groups(self) -> Mapping[str, optim.NamedParameters]:
         """Parameter groups by name, in a fixed order."""
@@ -75,28 +74,32 @@ class Task(Protocol):
 def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -> Path:
     """Train `task` and return the directory of its result, `run.out/result`.
 
-    The run resumes from the newest checkpoint in `run.out`, at the exact sample. Randomness is seeded anew from
-    (seed, step, rank) at each step, so a resumed run equals an uninterrupted one.
+    The run resumes from the newest checkpoint in `run.out`, at the exact sample; a finished one is left alone.
+    Randomness is seeded anew from (seed, step, rank) at each step, so a resumed run equals an uninterrupted one.
 
     Raises:
         ConfigError: `run.out` missing, or no full batch in the data.
+        CheckpointError: the newest checkpoint is damaged or of another model.
         TrainingError: the loss or a gradient is not finite; nothing is written over the last good checkpoint.
+        SystemExit: 143 after SIGTERM, 130 after SIGINT; the step was finished and a checkpoint written.
     """
-    out = _prepare(task, run, world)
+    if (result := directory.finished(task.settings, run)) is not None:
+        return result
+    total = _total_steps(task, run)
+    out = Path(run.out)
+    world.barrier()  # before the main rank writes what the others have just looked at
+    if world.is_main:
+        directory.prepare(task.settings, run)
     module: nn.Module = task.module
     optimizer = optim.build_optimizer(task.groups(), settings)
     at = checkpoint.Progress()
     if newest := checkpoint.latest(out):
-        if not run.resume:
-            raise ConfigError(
-                f"run.out: {out} holds a run already and run.resume is false; choose another directory"
-            )
         at = checkpoint.load(newest, task.module, optimizer)
     if world.size > 1:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        module = nn.parallel.DistributedDataParallel(task.module, device_ids=ids)
+        # no buffer is exchanged: ranks may differ in the number of forwards of a gradient cache
+        module = nn.parallel.DistributedDataParallel(task.module, device_ids=ids, broadcast_buffers=False)
 
-    total = run.steps if run.steps is not None else math.ceil(run.epochs * task.batches_per_epoch)
     autocast = _autocast(run.precision, world.device)
     log = MetricsLog(out, at.step, tensorboard=run.tensorboard, enabled=world.is_main)
     bar = display.Progress(total, task.title, "steps", initial=at.step, enabled=world.is_main)
@@ -104,7 +107,7 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
     with _stop_requested() as stopping, bar:
         batches = task.batches(at.epoch, at.batch) if at.step < total else iter(())
         while at.step < total:
-            position, samples = window.fetch(batches)
+            position, samples = window.fetch(batches, world)
             rate = optim.set_learning_rate(optimizer, at.step, total, settings)
             torch.manual_seed(_step_seed(run.seed, at.step, world.rank))
             optimizer.zero_grad(set_to_none=True)
@@ -112,13 +115,13 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
             chunks = task.chunks(samples, run.micro_batch)
             loss, metrics = gradient_cache.backward(module, chunks, task.loss, world.device, autocast)
             norm = optim.clip_gradients(optimizer, settings.grad_clip)
-            _require_finite(loss, norm, task.names(samples), at.step, newest=checkpoint.latest(out))
+            _require_finite(loss, norm, task.names(samples), at.step, out)
             optimizer.step()
             task.after_step()
 
             at = window.advance(at, position, len(samples) * world.size)
             bar.update(1, note=f"loss {loss.item():.4f}")
-            stop = world.any(stopping())
+            stop = world.max(stopping())
             if at.step % run.log_every == 0 or at.step == total:
                 values = {"loss": loss, **metrics, "grad_norm": norm}
                 log.write(
@@ -131,29 +134,20 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
                     checkpoint.save(out, task.module, optimizer, at, run.keep_checkpoints)
                 world.barrier()
             if stop:
-                raise SystemExit(128 + signal.SIGTERM)
+                raise SystemExit(128 + stop)
 
     module.eval()
-    result = out / "result"
-    if not (result / "DONE").exists():
-        final = task.evaluate()
-        if world.is_main:
-            if final:
-                log.write(at.step, final)
-            task.export(result)
-            write_json(
-                out / "summary.json",
-                {"steps": at.step, "seconds": at.seconds, "samples": at.samples, **final},
-            )
-            write_text(result / "DONE", "complete\n")
-        world.barrier()
+    final = task.evaluate()
+    if world.is_main:
+        if final:
+            log.write(at.step, final)
+        task.export(out / directory.RESULT)
+        summary = {"steps": at.step, "seconds": at.seconds, "samples": at.samples, **final}
+        write_json(out / "summary.json", summary)
+        write_text(out / directory.RESULT / directory.DONE, "complete\n")
+    world.barrier()
     log.close()
-    return result
-
-
-def is_finished(out: Path) -> bool:
-    """True when the run in `out` ended and its result was written."""
-    return (out / "result" / "DONE").exists()
+    return out / directory.RESULT
 
 
 class _Window:
@@ -163,11 +157,23 @@ class _Window:
         self._start = self._last = time.perf_counter()
         self._waited, self._samples = 0.0, 0
 
-    def fetch(self, batches: Iterator[tuple[Position, Sequence[Any]]]) -> tuple[Position, Sequence[Any]]:
+    def fetch(
+        self, batches: Iterator[tuple[Position, Sequence[Any]]], world: World
+    ) -> tuple[Position, Sequence[Any]]:
         begin = time.perf_counter()
-        item = next(batches)
-        self._waited += time.perf_counter() - begin
-        return item
+        while True:
+            failure: UserError | None = None
+            try:
+                position, samples = next(batches)
+            except UserError as error:
+                failure, samples = error, ()
+            # every rank needs samples for the loss; all skip a batch of which one rank can use none
+            worst = world.max(2 if failure else 0 if samples else 1)
+            if worst == 0:
+                self._waited += time.perf_counter() - begin
+                return position, samples
+            if worst == 2:
+                raise failure or TrainingError("another rank cannot go on (see its error); this one ends too")
 
     def advance(self, at: checkpoint.Progress, position: Position, samples: int) -> checkpoint.Progress:
         now = time.perf_counter()
@@ -186,18 +192,14 @@ class _Window:
         return values
 
 
-def _prepare(task: Task, run: RunSettings, world: World) -> Path:
-    if not run.out:
-        raise ConfigError("run.out: expected the directory of this run, for example run.out=runs/first")
-    if task.batches_per_epoch < 1:
+def _total_steps(task: Task, run: RunSettings) -> int:
+    per_epoch = task.samples // run.batch_size
+    if per_epoch < 1:
         raise ConfigError(
-            f"run.batch_size {run.batch_size} is larger than the training data; lower it or add data"
+            f"run.batch_size: one batch of {run.batch_size} needs more than the {task.samples} training samples "
+            "there are; lower it or add data"
         )
-    out = Path(run.out)
-    if world.is_main:
-        write_text(out / "config.yaml", dump_yaml(task.settings))
-    world.barrier()
-    return out
+    return run.steps if run.steps is not None else math.ceil(run.epochs * per_epoch)
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -217,11 +219,12 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % (1 << 63)
 
 
-def _require_finite(loss: Tensor, norm: Tensor, names: list[str], step: int, *, newest: Path | None) -> None:
+def _require_finite(loss: Tensor, norm: Tensor, names: list[str], step: int, out: Path) -> None:
     # one transfer for both, before the optimizer could spread the damage
     if torch.isfinite(torch.stack([loss.float(), norm.float().to(loss.device)])).all().item():
         return
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    newest = checkpoint.latest(out)
     kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
     raise TrainingError(
         f"step {step + 1}: loss {loss.item()} with gradient norm {norm.item()} is not finite. The optimizer step was "
@@ -230,8 +233,8 @@ def _require_finite(loss: Tensor, norm: Tensor, names: list[str], step: int, *, 
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM or SIGINT came; the second signal ends the process at once."""
+def _stop_requested() -> Iterator[Callable[[], int]]:
+    """A function that gives the number of a SIGTERM or SIGINT that came, else 0; the second one ends at once."""
     received: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -241,23 +244,10 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     try:
         previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: signals are somebody else's
-        yield lambda: False
+        yield lambda: 0
         return
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def load_latest(out: Path, module: nn.Module) -> int:
-    """Load the newest checkpoint's tensors of a run into `module`; returns its step.
-
-    Raises:
-        CheckpointError: the run has no checkpoint.
-    """
-    newest = checkpoint.latest(out)
-    if newest is None:
-        raise CheckpointError(f"{out} has no checkpoint yet")
-    checkpoint.load_trainable(newest, module)
-    return int(newest.name.split("_")[1].split(".")[0])

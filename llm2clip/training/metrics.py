@@ -16,7 +16,7 @@ class MetricsLog:
 
     Args:
         directory: run directory; the file is `metrics.jsonl` in it.
-        start: step to go on from; lines with a later or equal step are removed.
+        start: steps done so far; lines of later steps are removed.
         tensorboard: also write TensorBoard events to `directory/tensorboard`.
         enabled: False writes nothing (ranks other than 0).
     """
@@ -27,11 +27,14 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         self._enabled = enabled
         self._writer: Any = None
+        self._known: list[tuple[int, set[str]]] = []
         if not enabled:
             return
         if self.path.exists():
             kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= start]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            # an evaluation after the newest checkpoint is repeated when the run was killed before its end
+            self._known = [(start, set(line)) for line in kept if line.get("step") == start]
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -42,8 +45,11 @@ class MetricsLog:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; values that are not finite are written as null, since JSON has no NaN."""
-        if not self._enabled:
+        """Append one line; values that are not finite are written as null, since JSON has no NaN.
+
+        What an earlier process of the run wrote for this step already is not written again.
+        """
+        if not self._enabled or not values or (step, {"step", *values}) in self._known:
             return
         line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as handle:
@@ -51,6 +57,7 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush what is buffered."""

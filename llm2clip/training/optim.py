@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def build_optimizer(groups: Mapping[str, NamedParameters], settings: OptimSettin
     unknown = sorted(set(settings.lr_scales) - set(groups))
     if unknown:
         raise ConfigError(f"optim.lr_scales names {', '.join(unknown)}; the groups are {', '.join(groups)}")
-    entries = []
+    entries: list[dict[str, Any]] = []
     for group, parameters in groups.items():
         scale = settings.lr_scales.get(group, 1.0)
         for decay in (True, False):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm2clip.data.mixture import Mixture
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source
 from llm2clip.data.store import caption_digest
@@ -57,14 +58,27 @@ class PairSource:
 
     Images shown several times (one entity drawn in several styles) carry the same captions; one of them is kept.
 
+    Args:
+        source: the samples.
+        captions: which fields make a pair.
+        show: whether progress is shown.
+        seen: digests of pairs that other sources brought; new ones are added.
+
     Raises:
         DataError: no sample has both captions; the fields that were found are named.
     """
 
-    def __init__(self, source: Source, captions: CaptionSettings, *, show: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source,
+        captions: CaptionSettings,
+        *,
+        show: bool = True,
+        seen: set[bytes] | None = None,
+    ) -> None:
         self.name = source.name
         self._source = source
-        seen: set[bytes] = set()
+        seen = set() if seen is None else seen
         kept: list[int] = []
         fields: dict[str, int] = {}
         with Progress(len(source), "reading captions", "samples", enabled=show) as bar:
@@ -108,6 +122,15 @@ class PairSource:
             for start, stop in self._source.blocks
         ]
         return [(start, stop) for start, stop in bounds if stop > start]
+
+
+def pair_source(source: Source, captions: CaptionSettings, *, show: bool = True) -> Source:
+    """A `PairSource`; of a weighted mixture a mixture of them, so that its weights still count."""
+    if not isinstance(source, Mixture) or not source.weights:
+        return PairSource(source, captions, show=show)
+    seen: set[bytes] = set()
+    parts = [PairSource(part, captions, show=show, seen=seen) for part in source.sources]
+    return Mixture(parts, source.weights)
 
 
 def without_duplicates(pairs: Sequence[CaptionPair]) -> list[CaptionPair]:

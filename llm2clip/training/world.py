@@ -37,13 +37,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank when `flag` is true on at least one."""
+    def max(self, value: int) -> int:
+        """The largest `value` of all ranks, on every rank."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,7 +65,10 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
-    """Join the process group that `torchrun` describes, or be a world of one; leave it at the end."""
+    """Join the process group that `torchrun` describes, or be a world of one; leave it at the end.
+
+    A rank that fails leaves at once, so that the others end too instead of waiting for it.
+    """
     target = resolve_device(device)
     if threads > 0:
         torch.set_num_threads(threads)
@@ -80,5 +83,10 @@ def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
         yield World(rank, size, target)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # the others may wait in a collective that this rank never joins. Leaving NCCL's group would wait for
+        # them; the end of this process is what tells them (closed connections, torchrun)
+        if target.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
