@@ -127,12 +127,13 @@ def _build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
+    expected = type_name(kind)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return _convert(inner, value, name, where)
+        (kind,) = [arg for arg in args if arg is not type(None)]
+        origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value in args:
             return value
@@ -164,7 +165,7 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
                 return float(value)
             except ValueError:
                 pass
-    raise ConfigError(f"{name}{where}: expected {type_name(kind)}, got {value!r}")
+    raise ConfigError(f"{name}{where}: expected {expected}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -49,7 +50,16 @@ class Progress:
         self._note = ""
         self._bar: tqdm[Any] | None = None
         if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", initial=initial, dynamic_ncols=True)
+            # a terminal that does not know its width (containers) says 0, which would hide the bar
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            self._bar = tqdm(
+                total=total,
+                desc=title,
+                unit=f" {unit}",
+                initial=initial,
+                ncols=None if known else 80,
+                dynamic_ncols=known,
+            )
 
     def __enter__(self) -> Progress:
         return self
