@@ -91,10 +91,14 @@ def run_demo(data: str = "cataclysm", out: str = "runs/demo", config: str | None
 
 
 def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
-    """Build the `cataclysm` shards in `out`, or describe the shards of another directory.
+    """Build the `cataclysm` shards in `out`, or describe another directory.
+
+    A directory has a `dataset.json`, or the sub-folders `train` and `val` (any source: a folder with
+    `captions.jsonl`, shards, ...), or `*train*.tar` and `*val*.tar` shards. Without `dataset.json` the roles of
+    the caption fields are guessed.
 
     Raises:
-        DataError: no such directory, or no training and held-out shards in it.
+        DataError: no such directory, or no training and held-out data in it.
     """
     languages, val_share = _data_settings(settings)
     if data == "cataclysm":
@@ -107,10 +111,15 @@ def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
         raise DataError(f"DATA={data}: expected `cataclysm` or a directory with train and val shards (.tar)")
     if (folder / "dataset.json").exists():
         return _described(folder, languages)
-    train, val = (tuple(str(p) for p in sorted(folder.glob(f"*{split}*.tar"))) for split in ("train", "val"))
+    if all((folder / split).is_dir() for split in ("train", "val")):
+        train, val = ((str(folder / split),) for split in ("train", "val"))
+    else:
+        train, val = (tuple(str(p) for p in sorted(folder.glob(f"*{split}*.tar"))) for split in ("train", "val"))
     if not train or not val:
         found = ", ".join(p.name for p in sorted(folder.iterdir())[:10]) or "nothing"
-        raise DataError(f"DATA={data}: expected *train*.tar and *val*.tar shards, found {found}")
+        raise DataError(
+            f"DATA={data}: expected folders train and val, or *train*.tar and *val*.tar shards; found {found}"
+        )
     short, long, translations = guess_roles(train, languages)
     return DemoData(train, val, (short,), (long,), translations)
 
