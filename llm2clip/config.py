@@ -73,7 +73,10 @@ def to_tree(settings: Any) -> dict[str, Any]:
 
 def dump_yaml(settings: Any) -> str:
     """The resolved settings as YAML; loading it gives equal settings."""
-    return yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True)
+    tree = to_tree(settings)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # rare line separators (U+0085) come back from YAML as spaces unless they are escaped
+    return text if yaml.safe_load(text) == tree else yaml.safe_dump(tree, sort_keys=False)
 
 
 def iter_fields(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, Any, Any, str]]:
