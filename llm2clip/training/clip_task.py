@@ -20,10 +20,12 @@ from llm2clip.data.loader import Loader, Position
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
-from llm2clip.errors import BadSampleError, ConfigError, DataError
+from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataError
+from llm2clip.files import read_json, write_json
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, TrainSettings
+from llm2clip.training import checkpoint
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.world import World
 from llm2clip_kernels import infonce_loss
@@ -91,6 +93,7 @@ class ClipTask:
         )
         _require_roles(settings.data.captions)
         require_stored_captions(self._source, settings.data.captions, self._store)
+        _require_same_encoder(Path(settings.run.out), self._store, world)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
         self.model = LLM2CLIP(settings.model, self._store.dim, self._store.fingerprint).to(world.device)
         self.module: nn.Module = TwoTowers(self.model)
@@ -192,6 +195,15 @@ def require_stored_captions(
             f"are: {', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."
         )
     store.rows(texts)
+
+
+def _require_same_encoder(out: Path, store: EmbeddingStore, world: World) -> None:
+    """Refuse to go on with embeddings of another encoder than the run began with; their width may be the same."""
+    record = out / "text_encoder.json"
+    if checkpoint.latest(out) is not None and record.exists():
+        store.check_fingerprint(read_json(record, CheckpointError))
+    elif world.is_main:
+        write_json(record, store.fingerprint)
 
 
 def _require_roles(captions: CaptionSettings) -> None:

@@ -46,19 +46,27 @@ def finished(settings: Any, run: RunSettings) -> Path | None:
         raise ConfigError(
             f"run.out: {out} holds a run already and run.resume is false; choose another directory"
         )
-    if changed := changed_settings(out, settings):
-        shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
-        what = "its result is kept as it is" if done else "it goes on with the new ones"
-        log.warning(
-            "the run in %s was started with other settings (%s); %s. Choose another run.out to begin anew.",
-            out, shown, what,
-        )  # fmt: skip
-    return out / RESULT if done else None
+    if not done:
+        return None
+    _warn_of_changes(out, settings, "its result is kept as it is")
+    return out / RESULT
 
 
 def prepare(settings: Any, run: RunSettings) -> None:
-    """Write the resolved settings into the run directory."""
-    write_text(Path(run.out) / CONFIG, dump_yaml(settings))
+    """Write the resolved settings into the run directory; a run that goes on with other ones says so."""
+    out = Path(run.out)
+    if checkpoint.latest(out) is not None:
+        _warn_of_changes(out, settings, "it goes on with the new ones")
+    write_text(out / CONFIG, dump_yaml(settings))
+
+
+def _warn_of_changes(out: Path, settings: Any, consequence: str) -> None:
+    if changed := changed_settings(out, settings):
+        shown = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
+        log.warning(
+            "the run in %s was started with other settings (%s); %s. Choose another run.out to begin anew.",
+            out, shown, consequence,
+        )  # fmt: skip
 
 
 def changed_settings(out: Path, settings: Any) -> list[str]:
