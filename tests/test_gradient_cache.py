@@ -57,14 +57,17 @@ def gradients(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("always_cache", [False, True])
 @pytest.mark.parametrize("sizes", [1, 3, 5, 11, BATCH, [2, 7, 3]])
-def test_equals_one_big_batch(sizes: int | list[int]) -> None:
+def test_equals_one_big_batch(sizes: int | list[int], always_cache: bool) -> None:
     module = Towers().double()
     expected, _ = contrastive(module(data()))
     expected.backward()
     whole = gradients(module)
     module.zero_grad(set_to_none=True)
-    loss, metrics = gradient_cache.backward(module, split(data(), sizes), contrastive, CPU)
+    loss, metrics = gradient_cache.backward(
+        module, split(data(), sizes), contrastive, CPU, always_cache=always_cache
+    )
     assert not loss.requires_grad and loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
     assert set(metrics) == {"largest"}

@@ -54,6 +54,8 @@ def backward(
     loss: LossFunction,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    always_cache: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulate the gradients of one loss over all `chunks` into the module's parameters.
 
@@ -65,13 +67,15 @@ def backward(
         loss: maps the outputs of the whole batch to a 0-dimensional loss and detached metrics.
         device: device of the module, for its random state.
         autocast: context of every forward.
+        always_cache: use the cache for one chunk too. Ranks of a DistributedDataParallel must agree on it: both
+            ways order the communication of its first steps differently, and would wait for each other.
 
     Returns:
         The detached loss and the metrics of `loss`.
     """
     if not chunks:
         raise ValueError("gradient cache: the batch has no chunk")
-    if len(chunks) == 1:
+    if len(chunks) == 1 and not always_cache:
         with autocast():
             outputs = module(chunks[0])
         value, metrics = loss(outputs)

@@ -101,6 +101,8 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
         module = nn.parallel.DistributedDataParallel(task.module, device_ids=ids, broadcast_buffers=False)
 
     autocast = _autocast(run.precision, world.device)
+    # a rank that lost samples may be left with one chunk where the others have several
+    always_cache = world.size > 1 and 0 < run.micro_batch < math.ceil(run.batch_size / world.size)
     log = MetricsLog(out, at.step, tensorboard=run.tensorboard, enabled=world.is_main)
     bar = display.Progress(total, task.title, "steps", initial=at.step, enabled=world.is_main)
     window = _Window()
@@ -113,7 +115,9 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
             optimizer.zero_grad(set_to_none=True)
             module.train()
             chunks = task.chunks(samples, run.micro_batch)
-            loss, metrics = gradient_cache.backward(module, chunks, task.loss, world.device, autocast)
+            loss, metrics = gradient_cache.backward(
+                module, chunks, task.loss, world.device, autocast, always_cache=always_cache
+            )
             norm = optim.clip_gradients(optimizer, settings.grad_clip)
             _require_finite(loss, norm, task.names(samples), at.step, out)
             optimizer.step()

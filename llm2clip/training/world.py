@@ -67,7 +67,7 @@ def resolve_device(name: str) -> torch.device:
 def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
     """Join the process group that `torchrun` describes, or be a world of one; leave it at the end.
 
-    A rank that fails leaves at once, so that the others end too instead of waiting for it.
+    A rank that fails keeps the group until its process ends, which ends the others instead of letting them wait.
     """
     target = resolve_device(device)
     if threads > 0:
@@ -83,10 +83,9 @@ def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
         yield World(rank, size, target)
-    except BaseException:
-        # the others may wait in a collective that this rank never joins. Leaving NCCL's group would wait for
-        # them; the end of this process is what tells them (closed connections, torchrun)
-        if target.type != "cuda":
-            dist.destroy_process_group()
+    except SystemExit:  # every rank was asked to stop
+        dist.destroy_process_group()
         raise
+    # not after an error: others may be inside a collective that this rank never joins. Leaving NCCL's group would
+    # wait for them, and gloo's can deadlock with its own threads; the end of this process is what tells the others
     dist.destroy_process_group()

@@ -1,0 +1,227 @@
+"""Two gloo processes train like one, and none waits for another that has failed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm2clip.cli import main
+from llm2clip.config import dump_yaml
+from llm2clip.errors import DataError
+from llm2clip.training import checkpoint
+from llm2clip.training.clip_task import ClipTask
+from llm2clip.training.run import finetune_llm, train_clip
+from tests.training_kit import Kit, curve, make_kit, newest_tensors, wait_for
+
+pytestmark = pytest.mark.dist
+FORK = multiprocessing.get_context("fork")
+Prepare = Callable[[int], None]
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    return make_kit(tmp_path_factory.mktemp("kit"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank(rank: int, port: int, command: list[str], prepare: Prepare) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    prepare(rank)
+    sys.exit(main(command))
+
+
+def start(settings: Any, prepare: Prepare = lambda rank: None) -> list[Any]:
+    """Start a stage on two ranks, as torchrun would."""
+    out = Path(settings.run.out)
+    path = out.with_name(out.name + ".yaml")
+    path.write_text(dump_yaml(settings))
+    command = ["finetune-llm" if hasattr(settings, "llm") else "train", "--config", str(path)]
+    port = free_port()
+    ranks = [FORK.Process(target=_rank, args=(rank, port, command, prepare)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def exit_codes(ranks: list[Any], seconds: float = 60.0) -> list[int | None]:
+    """Exit statuses; None for a process that was still there."""
+    end = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return codes
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize("stage", [Kit.llm_stage, Kit.clip_stage])
+def test_two_processes_train_like_one(
+    kit: Kit, tmp_path: Path, stage: Callable[..., Any], micro_batch: int
+) -> None:
+    options: dict[str, Any] = {"dropout": 0.0, "steps": 7, "batch_size": 9, "micro_batch": micro_batch}
+    one = stage(kit, tmp_path / "one", **options)
+    (finetune_llm if hasattr(one, "llm") else train_clip)(one)
+    assert exit_codes(start(stage(kit, tmp_path / "two", **options))) == [0, 0]
+    lines, expected = curve(tmp_path / "two"), curve(tmp_path / "one")
+    for line, other in zip(lines, expected, strict=True):
+        for name in ("step", "loss", "grad_norm", "lr"):
+            if name in other:
+                assert line[name] == pytest.approx(other[name], rel=1e-3), (line["step"], name)
+    mine, theirs = newest_tensors(tmp_path / "two"), newest_tensors(tmp_path / "one")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=2e-4, msg=name)
+    assert (tmp_path / "two" / "result" / "DONE").exists()
+
+
+def _signal_in_step(number: signal.Signals, only: int) -> Prepare:
+    def prepare(rank: int) -> None:
+        original, calls = ClipTask.chunks, iter(range(10**6))
+
+        def chunks(self: ClipTask, samples: Any, size: int) -> Any:
+            if next(calls) == 3 and rank == only:
+                os.kill(os.getpid(), number)
+            return original(self, samples, size)
+
+        ClipTask.chunks = chunks  # type: ignore[method-assign]
+
+    return prepare
+
+
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(kit: Kit, tmp_path: Path) -> None:
+    train_clip(kit.clip_stage(tmp_path / "one", dropout=0.0))
+    cut = kit.clip_stage(tmp_path / "cut", dropout=0.0, save_every=100)
+    assert exit_codes(start(cut, _signal_in_step(signal.SIGTERM, only=1))) == [143, 143]
+    newest = checkpoint.latest(tmp_path / "cut")
+    assert newest is not None and newest.name == "step_00000004"
+    train_clip(cut)
+    for line, other in zip(curve(tmp_path / "cut"), curve(tmp_path / "one"), strict=True):
+        assert line.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-3)
+
+
+def _fail(kind: str, only: int) -> Prepare:
+    """Let one rank fail at its third batch."""
+
+    def prepare(rank: int) -> None:
+        if rank != only:
+            return
+        batches, chunks, calls = ClipTask.batches, ClipTask.chunks, iter(range(10**6))
+
+        def failing_batches(self: ClipTask, epoch: int, batch: int) -> Any:
+            for item in batches(self, epoch, batch):
+                if next(calls) == 2:
+                    raise DataError("the shard of this rank is gone")
+                yield item
+
+        def failing_chunks(self: ClipTask, samples: Any, size: int) -> Any:
+            if next(calls) == 2:
+                if kind == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("something that nobody expected")
+            return chunks(self, samples, size)
+
+        if kind == "data":
+            ClipTask.batches = failing_batches  # type: ignore[method-assign]
+        else:
+            ClipTask.chunks = failing_chunks  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize(("kind", "code"), [("data", 2), ("crash", 1), ("killed", -signal.SIGKILL)])
+def test_a_rank_that_fails_takes_the_other_along(
+    kit: Kit, tmp_path: Path, kind: str, code: int, only: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = exit_codes(start(kit.clip_stage(tmp_path / "run"), _fail(kind, only)))
+    assert codes[only] == code
+    # told by the failing rank where it can, else by the closed connection
+    assert codes[1 - only] == (2 if kind == "data" else 1)
+    shown = capfd.readouterr().err
+    assert not (tmp_path / "run" / "result").exists()
+    if kind == "data":
+        assert "error: the shard of this rank is gone" in shown
+        assert "error: another rank cannot go on" in shown and "Traceback" not in shown
+
+
+def test_an_error_before_the_first_step_ends_both(kit: Kit, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    settings = kit.clip_stage(tmp_path / "run")
+
+    def prepare(rank: int) -> None:
+        def groups(self: ClipTask) -> Any:
+            raise DataError("only here")
+
+        if rank == 1:
+            ClipTask.groups = groups  # type: ignore[method-assign]
+
+    codes = exit_codes(start(settings, prepare))
+    assert codes[1] == 2 and codes[0] == 1
+
+
+def test_ranks_with_different_numbers_of_samples(kit: Kit, tmp_path: Path) -> None:
+    # rank 1 loses samples of its half: none, some, and all of them (that batch is skipped by both)
+    def prepare(rank: int) -> None:
+        batches, calls = ClipTask.batches, iter(range(10**6))
+
+        def fewer(self: ClipTask, epoch: int, batch: int) -> Any:
+            for position, samples in batches(self, epoch, batch):
+                left = (5, 1, 0, 3)[next(calls) % 4] if rank == 1 else len(samples)
+                yield position, samples[:left]
+
+        ClipTask.batches = fewer  # type: ignore[method-assign]
+
+    settings = kit.clip_stage(tmp_path / "run", micro_batch=2, batch_size=10, steps=5)
+    assert exit_codes(start(settings, prepare)) == [0, 0]
+    assert [line["step"] for line in curve(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_codes(start(kit.clip_stage(tmp_path / "run", batch_size=1))) == [2, 2]
+    assert "the batch of 1 samples is smaller than the 2 ranks" in capfd.readouterr().err
+
+
+def test_torchrun_is_stopped_and_one_process_goes_on(kit: Kit, tmp_path: Path) -> None:
+    settings = kit.clip_stage(tmp_path / "run", steps=5000, save_every=5000, dropout=0.0)
+    (tmp_path / "a.yaml").write_text(dump_yaml(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    train = ["-m", "llm2clip", "train", "--config", str(tmp_path / "a.yaml")]
+    launcher = subprocess.Popen(
+        [*command, str(free_port()), *train],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for((tmp_path / "run" / "metrics.jsonl").exists, 60)
+        launcher.terminate()
+        assert launcher.wait(60) != 0
+    finally:
+        launcher.kill()
+    newest = checkpoint.latest(tmp_path / "run")
+    assert newest is not None
+    at = int(newest.name[5:13])
+    assert 0 < at < 5000
+    train_clip(replace(settings, run=replace(settings.run, steps=at + 2)))
+    assert [line["step"] for line in curve(tmp_path / "run") if "loss" in line] == list(range(1, at + 3))
