@@ -19,7 +19,12 @@ TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "s
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 for an error the user can act on."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes settings in one row only; those after an option are left over
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         _quiet_libraries(args)
@@ -32,9 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.name} is not installed; pip install 'llm2clip[train]'", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output went away (`| head`): nothing to report, nobody to tell
+    except (
+        BrokenPipeError
+    ):  # the reader of our output went away (`| head`): nothing to report, nobody to tell
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    except SystemExit as stop:  # a signal: the step was finished and a checkpoint written
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130

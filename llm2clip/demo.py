@@ -112,9 +112,10 @@ def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
     if (folder / "dataset.json").exists():
         return _described(folder, languages)
     if all((folder / split).is_dir() for split in ("train", "val")):
-        train, val = ((str(folder / split),) for split in ("train", "val"))
+        found_data = [[folder / split] for split in ("train", "val")]
     else:
-        train, val = (tuple(str(p) for p in sorted(folder.glob(f"*{split}*.tar"))) for split in ("train", "val"))
+        found_data = [sorted(folder.glob(f"*{split}*.tar")) for split in ("train", "val")]
+    train, val = (tuple(map(str, paths)) for paths in found_data)
     if not train or not val:
         found = ", ".join(p.name for p in sorted(folder.iterdir())[:10]) or "nothing"
         raise DataError(
