@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.data.images import ImageTransform, decode_image
-from llm2clip.data.loader import Loader, Position
+from llm2clip.data.loader import Position
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
@@ -26,6 +26,7 @@ from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, TrainSettings
 from llm2clip.training import checkpoint
+from llm2clip.training.batches import rank_batches
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.world import World
 from llm2clip_kernels import infonce_loss
@@ -108,21 +109,9 @@ class ClipTask:
         return groups
 
     def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[ImageText]]]:
-        data, run = self.settings.data, self.settings.run
-        return iter(
-            Loader(
-                self._source,
-                batch_size=run.batch_size,
-                seed=run.seed,
-                rank=self._world.rank,
-                world_size=self._world.size,
-                workers=data.workers,
-                transform=partial(_to_image_text, captions=data.captions, transform=self._transform),
-                start=(epoch, batch),
-                max_bad_share=data.max_bad_share,
-                shuffle_window=data.shuffle_shards,
-            )
-        )
+        data = self.settings.data
+        transform = partial(_to_image_text, captions=data.captions, transform=self._transform)
+        return rank_batches(self._source, transform, data, self.settings.run, self._world, (epoch, batch))
 
     def chunks(self, samples: Sequence[ImageText], size: int) -> Sequence[ImageTextChunk]:
         kept = _one_per_group(samples) if self.settings.loss.mask_duplicates else list(samples)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.loader import Loader, Position
+from llm2clip.data.loader import Position
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import open_source
 from llm2clip.errors import ConfigError
@@ -23,6 +23,7 @@ from llm2clip.losses import HardNegativeNLLLoss
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.tokens import Tokens
 from llm2clip.settings import CaptionSettings, FinetuneLLMSettings
+from llm2clip.training.batches import rank_batches
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.pairs import CaptionPair, caption_pair, pair_source, without_duplicates
 from llm2clip.training.world import World
@@ -102,21 +103,9 @@ class LLMTask:
         return {"lora": [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]}
 
     def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[CaptionPair]]]:
-        data, run = self.settings.data, self.settings.run
-        return iter(
-            Loader(
-                self._source,
-                batch_size=run.batch_size,
-                seed=run.seed,
-                rank=self._world.rank,
-                world_size=self._world.size,
-                workers=data.workers,
-                transform=partial(_to_pair, captions=data.captions),
-                start=(epoch, batch),
-                max_bad_share=data.max_bad_share,
-                shuffle_window=data.shuffle_shards,
-            )
-        )
+        data = self.settings.data
+        transform = partial(_to_pair, captions=data.captions)
+        return rank_batches(self._source, transform, data, self.settings.run, self._world, (epoch, batch))
 
     def chunks(self, samples: Sequence[CaptionPair], size: int) -> Sequence[PairTokens]:
         pairs = without_duplicates(samples) if self.settings.loss.mask_duplicates else list(samples)

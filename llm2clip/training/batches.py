@@ -1,0 +1,47 @@
+"""The stream of batches that both tasks train on: this rank's share, from an exact position on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llm2clip.data.loader import Loader, Position, Transform
+from llm2clip.data.sources import Source
+from llm2clip.settings import DataSettings, RunSettings
+from llm2clip.training.world import World
+
+
+def rank_batches(
+    source: Source,
+    transform: Transform,
+    data: DataSettings,
+    run: RunSettings,
+    world: World,
+    start: tuple[int, int],
+) -> Iterator[tuple[Position, list[Any]]]:
+    """Endless `(position after the batch, transformed samples of this rank)`.
+
+    Args:
+        source: samples of all ranks.
+        transform: `transform(sample, rng)`, run in the loader's workers.
+        data: workers, shuffling window and the share of bad samples that is borne.
+        run: global batch size and seed.
+        world: this rank.
+        start: (epoch, batch) to go on from.
+
+    Raises:
+        DataError: the source is smaller than one batch, or too many samples cannot be used.
+    """
+    loader = Loader(
+        source,
+        batch_size=run.batch_size,
+        transform=transform,
+        seed=run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.workers,
+        start=start,
+        max_bad_share=data.max_bad_share,
+        shuffle_window=data.shuffle_shards,
+    )
+    return iter(loader)
