@@ -71,23 +71,39 @@ def _write_for_ever(root: Path) -> None:
 
 def test_a_kill_leaves_one_complete_version(tmp_path: Path) -> None:
     rng = random.Random(0)
+    write_text(tmp_path / "file", "0 " * 20_000)
+    with atomic_path(tmp_path / "folder") as tmp:
+        fill(tmp, "first")
     for _ in range(12):
         child = FORK.Process(target=_write_for_ever, args=(tmp_path,))
         child.start()
         time.sleep(rng.uniform(0.03, 0.12))
         child.kill()
         child.join()
-        if (tmp_path / "file").exists():
-            words = (tmp_path / "file").read_text().split()
-            assert len(words) == 20_000 and len(set(words)) == 1
+        words = (tmp_path / "file").read_text().split()
+        assert len(words) == 20_000 and len(set(words)) == 1
         complete = [tmp_path / name for name in ("folder", "folder.old") if (tmp_path / name).exists()]
         # between its two renames the old directory is complete under its other name
-        assert any(len(contents(p)) == 1 and len(list(p.iterdir())) == 3 for p in complete) or not complete
-    assert (tmp_path / "file").exists() and complete
+        assert any(len(contents(p)) == 1 and len(list(p.iterdir())) == 3 for p in complete)
     write_text(tmp_path / "file", "end")
     with atomic_path(tmp_path / "folder") as tmp:
         fill(tmp, "end")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    child = FORK.Process(target=_write_for_ever, args=(tmp_path,))
+    child.start()
+    versions: set[str] = set()
+    end = time.monotonic() + 20
+    while len(versions) < 40 and time.monotonic() < end:
+        if (tmp_path / "file").exists():
+            words = (tmp_path / "file").read_text().split()
+            assert len(words) == 20_000 and len(set(words)) == 1
+            versions.add(words[0])
+    child.kill()
+    child.join()
+    assert len(versions) == 40  # it was replaced while it was read
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:

@@ -32,15 +32,15 @@ def test_lines_say_how_far_how_fast_and_how_long(capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     found = re.fullmatch(
-        r"job: 6/10 things \(60 %\), (\d+\.\d)/s, 0:00 gone, \d:\d\d left, loss 1\.5", lines[0]
+        r"job: 6/10 things \(60 %\), (\d+\.\d)/s, \d:\d\d gone, \d:\d\d left, loss 1\.5", lines[0]
     )
-    assert found and 5 < float(found[1]) <= 40  # 2 things since the start, not 6
+    assert found and 0 < float(found[1]) <= 40  # 2 things since the start, not 6
 
 
 def test_lines_do_not_come_too_often(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(None, "job", every=60.0) as bar:
         assert list(bar.track([3, 4])) == [3, 4]
-    assert re.fullmatch(r"job: 2 steps, \d+\.\d/s, 0:00 gone\n", capsys.readouterr().err)
+    assert re.fullmatch(r"job: 2 steps, \d+\.\d/s, \d:\d\d gone\n", capsys.readouterr().err)
 
 
 def test_silence_when_disabled_failed_or_closed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,16 +91,19 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(
 
 
 def _slow(out: Path, pause: float) -> None:
+    def wait(step: int) -> None:
+        (out / "inside").touch()
+        time.sleep(pause)
+
     torch.set_num_threads(1)
-    toy_run(out, Hooks(before_loss=lambda step: time.sleep(pause)), save_every=1)
+    toy_run(out, Hooks(before_loss=wait), save_every=1)
 
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     child = FORK.Process(target=_slow, args=(tmp_path, 20.0))
     child.start()
     assert child.pid is not None
-    wait_for((tmp_path / "config.yaml").exists)
-    time.sleep(0.5)
+    wait_for((tmp_path / "inside").exists)
     os.kill(child.pid, signal.SIGTERM)
     time.sleep(0.3)
     assert child.is_alive()
@@ -238,6 +241,17 @@ def test_an_export_that_fails_is_done_again_and_evaluated_once(tmp_path: Path) -
     toy_run(tmp_path, hooks)
     assert hooks.calls == ["evaluate", "export"] and (tmp_path / "result" / "DONE").exists()
     assert [line["step"] for line in curve(tmp_path) if "val/r1" in line] == [12]
+
+
+def test_tensorboard_is_written_or_its_absence_named(tmp_path: Path) -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"run\.tensorboard: the package tensorboard is missing"):
+            toy_run(tmp_path, tensorboard=True)
+    else:
+        toy_run(tmp_path, tensorboard=True)
+        assert any((tmp_path / "tensorboard").iterdir())
 
 
 def test_a_batch_without_a_usable_sample_is_skipped(tmp_path: Path) -> None:

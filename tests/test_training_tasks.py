@@ -22,7 +22,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, DataSettings, EmbedSettings, LLMSettings
 from llm2clip.training.clip_task import ClipTask, pick_caption
-from llm2clip.training.llm_task import LLMTask
+from llm2clip.training.llm_task import CaptionPairEmbedder, LLMTask, PairTokens
 from llm2clip.training.loop import train
 from llm2clip.training.pairs import CaptionPair, caption_pair, pair_source, without_duplicates
 from llm2clip.training.run import finetune_llm, train_clip
@@ -310,6 +310,27 @@ def test_repeated_pairs_count_once_and_weights_still_count(tmp_path: Path) -> No
     weighted = pair_source(open_source([str(one), str(two)], weights=(1, 0)), captions, show=False)
     assert isinstance(weighted, Mixture) and len(weighted) == 13
     assert set(EpochOrder(weighted).indices(0).tolist()) == set(range(6))
+
+
+def test_pairs_keep_their_order_whatever_their_lengths(kit: Kit) -> None:
+    encoder = CaptionEncoder.from_pretrained(kit.root / "llm")
+    short = ["a much longer text than the next", "b", "of middle length", "c" * 60, "dd"]
+    long = ["x", "y" * 50, "z" * 3, "w w w w w w", "v" * 20]
+    tokens = PairTokens(encoder.tokenize(short), encoder.tokenize(long))
+    with torch.no_grad():
+        out = CaptionPairEmbedder(encoder)(tokens)
+    for name, texts in (("short", short), ("long", long)):
+        one_by_one = torch.cat([encoder.encode([text]) for text in texts])
+        torch.testing.assert_close(out[name], one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_logit_scale_stays_in_its_bounds(kit: Kit, tmp_path: Path) -> None:
+    task = ClipTask(kit.clip_stage(tmp_path), ALONE)
+    for value, bounded in ((9.0, task.settings.model.logit_scale_max), (-1.0, 0.0), (1.5, 1.5)):
+        with torch.no_grad():
+            task.model.logit_scale.fill_(value)
+        task.after_step()
+        assert task.model.logit_scale.item() == pytest.approx(bounded)
 
 
 def test_a_group_appears_once_in_a_batch(kit: Kit, tmp_path: Path) -> None:
