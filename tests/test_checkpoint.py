@@ -119,6 +119,7 @@ class Harm:
         return (Path.touch, (Path("harmed"),))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _, _, path = save(tmp_path)

@@ -74,7 +74,7 @@ def test_printed_settings_give_the_same_settings(
     overrides = ["data.val=[a.tar, b.tar]", "data.captions.translations.es=es.alt", "data.limit=5"]
     assert main([name, *overrides, "--print-config"]) == 0
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
-    settings = load_settings(CONFIGURED[name], tmp_path / "a.yaml")
+    settings: Any = load_settings(CONFIGURED[name], tmp_path / "a.yaml")
     assert settings == load_settings(CONFIGURED[name], None, overrides) != CONFIGURED[name]()
     assert main([name, "--config", str(tmp_path / "a.yaml"), "--print-config", "data.limit=6"]) == 0
     assert "limit: 6" in capsys.readouterr().out

@@ -108,8 +108,9 @@ def test_gradients_accumulate_like_backward() -> None:
     once = gradients(module)
     gradient_cache.backward(module, split(data(), 4), contrastive, CPU)
     for name, gradient in gradients(module).items():
-        if gradient is not None:
-            torch.testing.assert_close(gradient, 2 * once[name], rtol=1e-11, atol=1e-14)
+        before = once[name]
+        if before is not None:
+            torch.testing.assert_close(gradient, 2 * before, rtol=1e-11, atol=1e-14)
 
 
 def test_autocast_is_used_in_both_passes() -> None:

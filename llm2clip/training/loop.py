@@ -143,8 +143,7 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
     module.eval()
     final = task.evaluate()
     if world.is_main:
-        if final:
-            log.write(at.step, final)
+        log.write(at.step, final)
         task.export(out / directory.RESULT)
         summary = {"steps": at.step, "seconds": at.seconds, "samples": at.samples, **final}
         write_json(out / "summary.json", summary)
