@@ -118,7 +118,7 @@ def _finetune_llm(args: argparse.Namespace) -> int:
     if (settings := _settings(args, FinetuneLLMSettings)) is not None:
         from llm2clip.training.run import finetune_llm
 
-        print(finetune_llm(settings))
+        finetune_llm(settings)
     return 0
 
 
@@ -139,7 +139,7 @@ def _train(args: argparse.Namespace) -> int:
     if (settings := _settings(args, TrainSettings)) is not None:
         from llm2clip.training.run import train_clip
 
-        print(train_clip(settings))
+        train_clip(settings)
     return 0
 
 

@@ -148,14 +148,15 @@ def _samples(
             yield sample
 
 
-def embed(settings: EmbedSettings, encoder: Encoder | None = None, *, verify: bool = False) -> EmbeddingStore:
+def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingStore:
     """Embed every caption of `settings.data` into the store `settings.out`.
 
     Args:
         settings: the job.
         encoder: caption encoder to use; None loads `settings.llm`.
-        verify: compare the checksum of every shard first (reads the whole store). Shards that are missing,
-            cut or without header are always found and computed again.
+
+    Damaged shards are dropped and their captions embedded again: those missing, cut or without header always,
+    those with a wrong checksum with `settings.verify` (reads the whole store).
 
     Raises:
         ConfigError: no output directory or no source is given.
@@ -174,7 +175,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None, *, verify: bo
         found = collect_captions(settings.data, progress=world.is_main)
         root = Path(settings.out)
         if world.is_main:
-            _drop_damaged(root, verify)
+            _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
                 _take_over_rank_stores(writer)
                 writer.flush()

@@ -224,6 +224,11 @@ class EmbedSettings:
         2048, "embeddings between two commits; at most so many are computed again after a kill"
     )
     token_budget: int = setting(4096, "tokens per forward pass, padding included")
+    verify: bool = setting(
+        False,
+        "compare every stored shard with its checksum first and embed damaged ones again; without it only missing "
+        "and cut shards are found",
+    )
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")
 

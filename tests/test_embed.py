@@ -134,7 +134,7 @@ def test_a_lost_shard_is_computed_again_and_nothing_else(tmp_path: Path) -> None
     encoder = HashEncoder()
     embed(settings, encoder)
     assert encoder.encoded == 0  # the checksum is only compared when asked for
-    store = embed(settings, encoder, verify=True)
+    store = embed(replace(settings, verify=True), encoder)
     assert encoder.encoded == rows < len(EXPECTED)
     shard.unlink(missing_ok=True)
     assert torch.equal(embed(settings, encoder).get(EXPECTED), HashEncoder().encode(EXPECTED))
@@ -163,7 +163,6 @@ RANKED = """
     import sys
     sys.path[:0] = [{root!r}, {kernels!r}, {tests!r}]
     from pathlib import Path
-    from dataclasses import replace
     from test_embed import HashEncoder, make_settings
     from llm2clip.embed import embed
     embed(make_settings(Path({path!r})), HashEncoder())

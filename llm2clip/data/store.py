@@ -201,7 +201,11 @@ class StoreReport:
         lines += [f"  left over from an interrupted write, ignored: {name}" for name in self.stray]
         if self.duplicates:
             lines.append(f"  {self.duplicates} captions are stored twice")
-        lines.append("  all checksums agree" if self.ok else "  repair it by running `llm2clip embed` again")
+        lines.append(
+            "  all checksums agree"
+            if self.ok
+            else "  repair it by running `llm2clip embed` again with verify=true"
+        )
         return "\n".join(lines)
 
 

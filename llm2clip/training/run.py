@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from llm2clip.settings import FinetuneLLMSettings, TrainSettings
 from llm2clip.training.directory import finished
 from llm2clip.training.loop import train
-from llm2clip.training.world import start_world
+from llm2clip.training.world import World, start_world
 
 
 def finetune_llm(settings: FinetuneLLMSettings) -> Path:
     """Run the LLM stage; returns the directory of the adapter (a plain peft directory)."""
     # before the model and the data are loaded
     if (result := finished(settings, settings.run)) is not None:
+        print(f"already finished: {result}", file=sys.stderr)
         return result
     from llm2clip.training.llm_task import LLMTask
 
     with start_world(settings.run.device, settings.run.threads) as world:
-        return train(LLMTask(settings, world), settings.run, settings.optim, world)
+        return _report(train(LLMTask(settings, world), settings.run, settings.optim, world), world)
 
 
 def train_clip(settings: TrainSettings) -> Path:
     """Run the CLIP stage; returns the directory of the model (`LLM2CLIP.from_pretrained` reads it)."""
     if (result := finished(settings, settings.run)) is not None:
+        print(f"already finished: {result}", file=sys.stderr)
         return result
     from llm2clip.training.clip_task import ClipTask
 
     with start_world(settings.run.device, settings.run.threads) as world:
-        return train(ClipTask(settings, world), settings.run, settings.optim, world)
+        return _report(train(ClipTask(settings, world), settings.run, settings.optim, world), world)
+
+
+def _report(result: Path, world: World) -> Path:
+    if world.is_main:
+        print(f"result: {result}", file=sys.stderr)
+    return result
