@@ -77,7 +77,8 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self._enabled and time.monotonic() - self._last_line >= self._every:
+        elif self._enabled and self.done != self.total and time.monotonic() - self._last_line >= self._every:
+            # the last unit has its line in close()
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 
