@@ -19,11 +19,11 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # OpenMP threads that spin at a barrier stall each other as soon as another process needs a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test lint fmt docs bench wheel clean
+.PHONY: help install demo test test-gpu lint fmt docs bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 install: $(VENV)/.installed ## environment, build and editable install in .venv
 
@@ -51,7 +51,10 @@ demo: install ## train both stages on real data (DATA=cataclysm or a directory o
 test: install lint ## lint, format, types, tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
-lint: install
+test-gpu: install ## the tests that need a CUDA GPU
+	@$(BIN)/python -m pytest -m gpu
+
+lint: install ## format, lint, types and the settings page, checked only
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
