@@ -121,7 +121,7 @@ def prepare_data(data: str, out: Path, settings: Mapping[str, Any]) -> DemoData:
         raise DataError(
             f"DATA={data}: expected folders train and val, or *train*.tar and *val*.tar shards; found {found}"
         )
-    short, long, translations = guess_roles(train, languages)
+    short, long, translations = guess_roles(train, val, languages)
     return DemoData(train, val, (short,), (long,), translations)
 
 
@@ -159,19 +159,41 @@ def _described(folder: Path, languages: int) -> DemoData:
         ) from None
 
 
-def guess_roles(train: Sequence[str], languages: int, probe: int = 400) -> tuple[str, str, dict[str, str]]:
-    """Name the short and the long caption field of shards that do not say: the two most common, by length.
+def guess_roles(train: Sequence[str], val: Sequence[str], languages: int) -> tuple[str, str, dict[str, str]]:
+    """Name the short and the long caption field of data that does not say: the two most common, by length.
 
     Returns:
-        Short field, long field, and language -> field for nested fields such as `es.alt`.
+        Short field, long field, and language -> field for nested fields such as `es.alt`: the languages with the
+        most held-out captions, since only the evaluation reads them.
 
     Raises:
         DataError: fewer than two caption fields.
     """
+    words = _words_by_field(train)
+    plain = sorted((f for f in words if "." not in f), key=lambda f: -len(words[f]))[:2]
+    if len(plain) < 2:
+        raise DataError(
+            f"{', '.join(train[:3])}: the demo needs two caption fields (a short and a long text of the same image); "
+            f"found {', '.join(words) or 'none'}. docs/own-data.md shows the formats."
+        )
+    short, long = sorted(plain, key=lambda f: sum(words[f]) / len(words[f]))
+    held_out = _words_by_field(val)
+    nested = sorted((f for f in held_out if "." in f), key=lambda f: (-len(held_out[f]), f))
+    found: dict[str, str] = {}
+    # translators leave descriptions as they are more often than captions
+    for role in (short, long):
+        for name in nested:
+            if name.endswith(f".{role}"):
+                found.setdefault(name.partition(".")[0], name)
+    return short, long, dict(list(found.items())[:languages])
+
+
+def _words_by_field(paths: Sequence[str], probe: int = 400) -> dict[str, list[int]]:
+    """Words of the first text of each caption field, over a spread of samples."""
     from llm2clip.data.sources import open_source
     from llm2clip.errors import BadSampleError
 
-    source = open_source(train)
+    source = open_source(paths)
     words: dict[str, list[int]] = {}
     for index in range(0, len(source), max(1, len(source) // probe)):
         try:
@@ -180,16 +202,7 @@ def guess_roles(train: Sequence[str], languages: int, probe: int = 400) -> tuple
             continue
         for field, texts in captions.items():
             words.setdefault(field, []).append(len(texts[0].split()))
-    plain = sorted((f for f in words if "." not in f), key=lambda f: -len(words[f]))[:2]
-    if len(plain) < 2:
-        raise DataError(
-            f"{source.name}: the demo needs two caption fields (a short and a long text of the same image); found "
-            f"{', '.join(words) or 'none'}. docs/own-data.md shows the formats."
-        )
-    short, long = sorted(plain, key=lambda f: sum(words[f]) / len(words[f]))
-    nested = sorted(f for f in words if "." in f)
-    found = {f.split(".")[0]: f for role in (long, short) for f in nested if f.endswith(f".{role}")}
-    return short, long, dict(list(found.items())[:languages])
+    return words
 
 
 def prepare_llm(out: Path) -> str:

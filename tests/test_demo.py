@@ -40,22 +40,34 @@ def figures(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 def test_roles_are_guessed_by_length(tmp_path: Path) -> None:
     shard = str(write_set(tmp_path / "a.tar", figures(10)))
-    assert guess_roles([shard], 2) == ("caption", "alt", {"es": "es.caption", "pl": "pl.alt"})
-    assert guess_roles([shard], 1)[2] == {"es": "es.caption"}
+    assert guess_roles([shard], [shard], 2) == ("caption", "alt", {"es": "es.caption", "pl": "pl.alt"})
+    assert guess_roles([shard], [shard], 1)[2] == {"es": "es.caption"}
     shard = str(write_set(tmp_path / "b.tar", records(10)))
-    assert guess_roles([shard], 2) == ("name", "description", {"es": "es.name"})
+    assert guess_roles([shard], [shard], 2) == ("name", "description", {"es": "es.name"})
     # a field of a few samples is no role, however short it is
     mixed = [{**record, "tag": "x"} if number < 3 else record for number, record in enumerate(records(10))]
-    assert guess_roles([str(write_set(tmp_path / "c.tar", mixed))], 0) == ("name", "description", {})
+    assert guess_roles(*[[str(write_set(tmp_path / "c.tar", mixed))]] * 2, 0) == ("name", "description", {})
 
 
 def test_roles_of_the_textbook_shards() -> None:
     shards = sorted(map(str, OPENSTAX.glob("*train*.tar")))
     if not shards:
         pytest.skip(f"no textbook shards in {OPENSTAX}")
-    short, long, translations = guess_roles(shards, 2, probe=200)
+    short, long, translations = guess_roles(shards, shards, 2)
     assert (short, long) == ("caption", "alt")
     assert translations["es"].startswith("es.") and len(translations) == 2
+    held_out = sorted(map(str, OPENSTAX.glob("*val*.tar")))
+    # no held-out book has a Spanish edition
+    assert guess_roles(shards, held_out, 2)[2] == {"pl": "pl.caption"}
+
+
+def test_folders_train_and_val_are_data(tmp_path: Path) -> None:
+    for split, start in (("train", 0), ("val", 50)):
+        (tmp_path / split).mkdir()
+        write_set(tmp_path / split / "a.tar", records(6, start))
+    found = prepare_data(str(tmp_path), tmp_path / "out", {})
+    assert (found.train, found.val) == ((str(tmp_path / "train"),), (str(tmp_path / "val"),))
+    assert (found.short, found.long) == (("name",), ("description",))
 
 
 def test_one_caption_field_is_not_enough(tmp_path: Path) -> None:
@@ -64,7 +76,7 @@ def test_one_caption_field_is_not_enough(tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=f"two caption fields .* found {'name' if number == 0 else 'none'}"
         ):
-            guess_roles([shard], 2)
+            guess_roles([shard], [shard], 2)
 
 
 def test_directories_are_described(tmp_path: Path) -> None:

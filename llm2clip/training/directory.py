@@ -28,6 +28,8 @@ _FREE = {
     *(f"run.{name}" for name in ("log_every", "save_every", "eval_every", "keep_checkpoints")),
     "data.workers",
 }
+# read by the evaluation only
+_EVALUATED = ("data.val", "data.captions.translations")
 
 
 def finished(settings: Any, run: RunSettings) -> Path | None:
@@ -77,7 +79,7 @@ def changed_settings(out: Path, settings: Any) -> list[str]:
     return [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in {**before, **now}
-        if name not in _FREE and before.get(name) != now.get(name)
+        if name not in _FREE and not name.startswith(_EVALUATED) and before.get(name) != now.get(name)
     ]
 
 
