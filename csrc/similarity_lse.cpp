@@ -5,11 +5,7 @@
 // column, so there is one exp per pair and partial sums merge by addition. Where a sum is too small for
 // that (its terms may have underflowed), or the bound is not finite, a running maximum is kept instead.
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,114 +14,12 @@
 #include <tuple>
 #include <vector>
 
+#include "shift.h"
 #include "similarity_rows.h"
+#include "tiles.h"
 
 namespace llm2clip {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// rows of a tile handled by one thread at a time; fixed, so results do not depend on the thread count
-constexpr int64_t kBlock = 64;
-// exp(70) times 1e8 columns stays below the largest float
-constexpr double kHeadroom = 70.0;
-// below log(1e-26) relative to the shift, flushed terms could matter
-constexpr double kLowestSum = -59.8;
-
-Tensor product_view(const Tensor& t, int64_t start, int64_t count) {
-  return torch::stable::narrow(const_cast<Tensor&>(t), 0, start, count);
-}
-
-// out = a·b, or out += a·b
-void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), /*beta=*/1.0, /*alpha=*/1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-  }
-}
-
-Tensor flat_floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Float);
-}
-
-float* data(const Tensor& t) {
-  return static_cast<float*>(t.data_ptr());
-}
-
-// the first rows·cols floats of `buffer` as a matrix
-Tensor as_matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
-  return torch::stable::view(product_view(buffer, 0, rows * cols), {rows, cols});
-}
-
-template <class Body>
-void for_each_block(int64_t rows, const Body& body) {
-  const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) body(b, b * kBlock, std::min(kBlock, rows - b * kBlock));
-  });
-}
-
-double largest_norm(const Tensor& x) {
-  const int64_t rows = x.size(0);
-  const int64_t dim = x.size(1);
-  const float* values = data(x);
-  std::vector<double> largest((rows + kBlock - 1) / kBlock, 0.0);
-  for_each_block(rows, [&](int64_t b, int64_t first, int64_t count) {
-    for (int64_t i = first; i < first + count; ++i) {
-      const float* row = values + i * dim;
-      double squares[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-      int64_t k = 0;
-      for (; k + 8 <= dim; k += 8) {
-        for (int64_t l = 0; l < 8; ++l) squares[l] += static_cast<double>(row[k + l]) * row[k + l];
-      }
-      for (; k < dim; ++k) squares[0] += static_cast<double>(row[k]) * row[k];
-      double total = 0;
-      for (double s : squares) total += s;
-      // written so that NaN wins and stays
-      if (!(total <= largest[b])) largest[b] = total;
-    }
-  });
-  double result = 0;
-  for (double l : largest) {
-    if (!(l <= result)) result = l;
-  }
-  return std::sqrt(result);
-}
-
-// c such that every logit - c <= 70, or NaN where no finite c exists
-float static_shift(const Tensor& x, const Tensor& y, double scale) {
-  // 1 + 1e-5 covers the rounding of the float dot products themselves
-  const double bound = std::abs(scale) * largest_norm(x) * largest_norm(y) * (1 + 1e-5);
-  if (!(bound < 1e30)) return std::numeric_limits<float>::quiet_NaN();
-  // a whole number, so that subtracting it from a logit of its size is exact
-  return static_cast<float>(std::ceil(std::max(0.0, bound - kHeadroom)));
-}
-
-bool is_safe(const Tensor& lse, double shift) {
-  const float* values = data(lse);
-  for (int64_t i = 0; i < lse.numel(); ++i) {
-    if (!(values[i] - shift >= kLowestSum) || !std::isfinite(values[i])) return false;
-  }
-  return true;
-}
-
-struct Tiles {
-  int64_t rows, cols, height, width;
-  Tiles(const Tensor& x, const Tensor& y, int64_t tile)
-      : rows(x.size(0)), cols(y.size(0)), height(std::min(tile, rows)), width(std::min(tile, cols)) {}
-
-  template <class Body>
-  void each(const Body& body) const {
-    for (int64_t r = 0; r < rows; r += height) {
-      for (int64_t c = 0; c < cols; c += width) {
-        body(r, std::min(height, rows - r), c, std::min(width, cols - c));
-      }
-    }
-  }
-};
 
 // What a forward pass fills. A log-sum-exp of some size has an fp32 rounding error that would appear whole in
 // every exp(S - lse); `low` keeps what rounding took away, so that p and 1 - p stay right to the last bits.
@@ -254,30 +148,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
   }
   if (!safe) sum_all_online(x, y, scale, tiles, out);
   return {out.row, out.col, out.pos, out.low, out.cache};
-}
-
-double weighted_dot(const Tensor& a, const Tensor& b) {
-  const int64_t rows = a.size(0);
-  const int64_t dim = a.size(1);
-  std::vector<double> partial((rows + kBlock - 1) / kBlock, 0.0);
-  for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
-    const float* p = data(a) + first * dim;
-    const float* q = data(b) + first * dim;
-    double total = 0;
-    for (int64_t k = 0; k < count * dim; ++k) total += static_cast<double>(p[k]) * q[k];
-    partial[block] = total;
-  });
-  double total = 0;
-  for (double p : partial) total += p;
-  return total;
-}
-
-void multiply_by(const Tensor& t, double factor) {
-  const int64_t dim = t.size(1);
-  for_each_block(t.size(0), [&](int64_t, int64_t first, int64_t count) {
-    float* values = data(t) + first * dim;
-    for (int64_t k = 0; k < count * dim; ++k) values[k] *= static_cast<float>(factor);
-  });
 }
 
 // gradient of a log-sum-exp times exp(shift - lse - low), so that G is one product per pair

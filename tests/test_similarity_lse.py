@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_kernels import native, similarity_lse
+from llm2clip_kernels import native, similarity_lse, stripes
 from llm2clip_kernels.similarity_lse import chunked, similarity_lse_reference, similarity_lse_with_positives
 from llm2clip_kernels.similarity_lse import op as op_module
 
@@ -94,7 +94,7 @@ def test_sums_that_underflow_take_the_online_path() -> None:
 
 
 def test_the_chunked_path_and_its_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_STRIPE_BYTES", 4)
+    monkeypatch.setattr(stripes, "STRIPE_BYTES", 4)
     monkeypatch.setattr(op_module.backend, "choose", lambda *_: "chunked")
     for dtype in (torch.float32, torch.bfloat16):
         assert_as_good_as_torch(features(300, 20, dtype), features(70, 20, dtype), 20.0)

@@ -1,16 +1,7 @@
-"""The Triton kernels without a GPU: their arithmetic in the interpreter, their code by cross-compiling.
-
-The interpreter must be chosen before Triton is imported, so those tests run in a process of their own. bf16
-products are wrong in the interpreter (a known fault), so it sees fp32 and fp16.
-"""
+"""The Triton kernels of similarity_lse: arithmetic in the interpreter, code by cross-compiling."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +10,8 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from llm2clip_kernels.similarity_lse import kernel  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[1]
+from llm2clip_kernels.triton_tiles import choose_config  # noqa: E402
+from tests.cross_compile import TARGETS, assert_fits, cross_compile, run_interpreted, target_config  # noqa: E402
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
@@ -93,129 +84,41 @@ print("interpreted: ok")
 
 
 def test_arithmetic_in_the_interpreter(tmp_path: Path) -> None:
-    script = tmp_path / "interpreted.py"
-    script.write_text(INTERPRETED)
-    env = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "LLM2CLIP_BACKEND": "triton",
-        "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], env=env, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "interpreted: ok" in done.stdout
+    run_interpreted(INTERPRETED, tmp_path)
 
 
-TARGETS = {
-    # name: (backend, arch, warp size, table key, shared memory of a program in bytes)
-    "sm_80": ("cuda", 80, 32, ("cuda", 8, 2), 163 * 1024),
-    "sm_90": ("cuda", 90, 32, ("cuda", 9, 2), 227 * 1024),
-    "sm_100": ("cuda", 100, 32, ("cuda", 10, 2), 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, ("hip", 9, 2), 64 * 1024),
-}
 KERNELS = {
     "sums": kernel.similarity_lse_fwd_kernel_sums,
     "online": kernel.similarity_lse_fwd_kernel_online,
     "stripe": kernel.similarity_lse_bwd_kernel_stripe,
 }
-INPUTS = {"x_ptr", "y_ptr", "stripe_ptr"}
 
 
-def cross_compile(name: str, target: str, dtype: str) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    backend, arch, warp, key, _ = TARGETS[target]
-    config = kernel.choose_config(*key)
-    function = KERNELS[name]
+def compiled_for(name: str, target: str) -> Any:
+    config = target_config(target)
     constants = {
         "COLUMNS": True, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, argument in enumerate(function.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            continue
-        kind = f"*{dtype}" if argument in INPUTS else "*i32" if argument == "flag_ptr" else "*fp32"
-        signature[argument] = kind if argument.endswith("_ptr") else "i32"
-        if argument.endswith("_ptr") or argument in ("N", "D"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        function, signature, {k: v for k, v in constants.items() if k in signature}, attributes
-    )
-    return triton.compile(
-        source,
-        target=GPUTarget(backend, arch, warp),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-
-
-def assemblers() -> list[str]:
-    """The assemblers at hand; Triton ships its own, a newer one for Blackwell."""
-    import triton.backends.nvidia as nvidia
-
-    shipped = Path(nvidia.__file__).parent / "bin"
-    found = [str(shipped / name) for name in ("ptxas-blackwell", "ptxas") if (shipped / name).is_file()]
-    on_path = shutil.which("ptxas")
-    return found + ([on_path] if on_path else [])
-
-
-def assemble(code: str, folder: Path) -> str:
-    """The assembler's report on PTX; skips where none here knows this version of PTX."""
-    target = re.search(r"\.target (\w+)", code)
-    assert target is not None
-    source = folder / "kernel.ptx"
-    source.write_text(code)
-    complaint = "no ptxas"
-    for assembler in assemblers():
-        command = [
-            assembler,
-            "-v",
-            f"--gpu-name={target[1]}",
-            str(source),
-            "-o",
-            str(folder / "kernel.cubin"),
-        ]
-        report = subprocess.run(command, capture_output=True, text=True, timeout=100)
-        if report.returncode == 0:
-            return report.stderr
-        complaint = report.stderr
-        assert "Unsupported .version" in complaint or "is not defined for option" in complaint, complaint
-    pytest.skip(f"no assembler for {target[1]}: {complaint}")
+    pointers = {"x_ptr": "bf16", "y_ptr": "bf16", "stripe_ptr": "bf16", "flag_ptr": "i32"}
+    return cross_compile(KERNELS[name], target, constants, pointers, config)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_fits(name: str, target: str, tmp_path: Path) -> None:
-    compiled = cross_compile(name, target, "bf16")
-    assert compiled.metadata.shared <= TARGETS[target][4]
-    if TARGETS[target][0] != "cuda":
-        assert compiled.asm["amdgcn"]
-        return
-    code = compiled.asm["ptx"]
-    if target == "sm_90":
-        assert "wgmma.mma_async" in code
-    elif target == "sm_100":
-        assert "tcgen05.mma" in code
-    else:
-        assert "mma.sync" in code
-    report = assemble(code, tmp_path)
-    assert "0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert_fits(compiled_for(name, target), target, tmp_path)
 
 
 def test_offsets_are_64_bit() -> None:
     """A row offset i·D or i·N passes 2^31 long before memory is full."""
-    code = cross_compile("stripe", "sm_80", "bf16").asm["ttir"]
+    code = compiled_for("stripe", "sm_80").asm["ttir"]
     products = [line for line in code.splitlines() if "arith.muli" in line and "tensor<" in line]
     assert products and all("i64" in line for line in products), products
 
 
 def test_a_config_for_every_architecture() -> None:
-    assert kernel.choose_config("cuda", 12, 2) == kernel.choose_config("hip", 11, 4)
-    largest = kernel.choose_config("cuda", 12, 4)
+    assert choose_config("cuda", 12, 2) == choose_config("hip", 11, 4)
+    largest = choose_config("cuda", 12, 4)
     operands = (largest.block_m + largest.block_n) * largest.block_k * 4 * largest.num_stages
     assert operands <= 64 * 1024, "the fallback must fit the smallest shared memory"

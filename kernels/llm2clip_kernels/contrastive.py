@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import distributed
+from .checks import check_pair, scale_tensor
 from .distributed import Group
-from .similarity_lse.op import Method, check_pair, scale_tensor, similarity_lse_with_positives
+from .similarity_lse.op import Method, similarity_lse_with_positives
 
 Reduction = Literal["mean", "sum", "none"]
 GradReduction = Literal["ddp_mean", "sum"]
@@ -99,7 +100,7 @@ def _reduce(
     return loss / total if reduction == "mean" else loss
 
 
-def _zero_of(logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
+def zero_of(logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
     # a bias added to every logit cancels in the softmax; DDP still wants a gradient from it, of zeros
     if not isinstance(logit_bias, Tensor):
         return like.new_zeros(())
@@ -150,7 +151,7 @@ def infonce_loss(
         x, y, scale, label_smoothing=label_smoothing, group=group, distributed_=over_ranks, method=method
     )
     loss = _reduce(terms, total, reduction, grad_reduction, group, over_ranks)
-    return loss + _zero_of(logit_bias, loss)
+    return loss + zero_of(logit_bias, loss)
 
 
 def nll_loss(

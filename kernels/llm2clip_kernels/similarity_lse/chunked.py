@@ -9,41 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# of one stripe of logits; two or three of that size live at a time
-_STRIPE_BYTES = 16 * 2**20
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _stripe_rows(columns: int, rows: int) -> int:
-    # a GEMM of fewer than 128 rows wastes more than the workspace saves
-    return max(1, min(rows, max(128, _STRIPE_BYTES // (4 * max(columns, 1)))))
-
-
-def widen(t: Tensor) -> Tensor:
-    """Half precision to fp32 where the device's GEMM cannot accumulate and return fp32 itself."""
-    return t if t.is_cuda else t.to(_accumulator(t.dtype))
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, (M, K) by (K, N), accumulated and returned in fp32 (fp64 for fp64)."""
-    accumulator = _accumulator(a.dtype)
-    if a.dtype == accumulator:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=accumulator)
-    return a.to(accumulator) @ b.to(accumulator)
+from ..checks import accumulator
+from ..stripes import gradient_unit, matmul, stripe_rows, widen
 
 
 def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     """Returns row_lse (M,) and col_lse (N,) or (0,), fp32 (fp64 for fp64). x (M, D), y (N, D), scale ()."""
     x, y = widen(x), widen(y)
-    accumulator = _accumulator(x.dtype)
-    row_lse = x.new_empty(x.shape[0], dtype=accumulator)
-    col_lse = x.new_full((y.shape[0] if columns else 0,), -torch.inf, dtype=accumulator)
-    step = _stripe_rows(y.shape[0], x.shape[0])
+    wide = accumulator(x.dtype)
+    row_lse = x.new_empty(x.shape[0], dtype=wide)
+    col_lse = x.new_full((y.shape[0] if columns else 0,), -torch.inf, dtype=wide)
+    step = stripe_rows(y.shape[0], x.shape[0])
     for start in range(0, x.shape[0], step):
         stop = min(start + step, x.shape[0])
         logits = matmul(x[start:stop], y.T).mul_(scale)
@@ -74,15 +50,13 @@ def backward(
     """
     dtype = x.dtype
     x, y = widen(x), widen(y)
-    accumulator = _accumulator(dtype)
+    wide = accumulator(dtype)
     m, n = x.shape[0], y.shape[0]
-    # G is kept near 1 while it may be rounded to half precision, where 1/N would underflow
-    unit = torch.stack([g.abs().amax() for g in (g_row, g_col, g_pos) if g.numel()]).amax()
-    unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit)).to(accumulator)
-    dx = x.new_empty(m if need_x else 0, x.shape[1], dtype=accumulator)
-    dy = x.new_zeros(n if need_y else 0, x.shape[1], dtype=accumulator)
-    dscale = x.new_zeros((), dtype=accumulator)
-    step = _stripe_rows(n, m)
+    unit = gradient_unit(g_row, g_col, g_pos).to(wide)
+    dx = x.new_empty(m if need_x else 0, x.shape[1], dtype=wide)
+    dy = x.new_zeros(n if need_y else 0, x.shape[1], dtype=wide)
+    dscale = x.new_zeros((), dtype=wide)
+    step = stripe_rows(n, m)
     for start in range(0, m, step):
         stop = min(start + step, m)
         dots = matmul(x[start:stop], y.T)

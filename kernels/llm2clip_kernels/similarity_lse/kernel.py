@@ -15,85 +15,20 @@ Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _env, native
-from .chunked import matmul
+from .. import native
+from ..stripes import gradient_unit, matmul
+from ..triton_tiles import Config, config_for, dots_tile, finite, precision, static_shift
 
-_HEADROOM = 70.0
 # log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
 _LOWEST_SUM = -59.8
-_LARGEST_BOUND = 1e30
 # programs along one side, at most; more tiles than that are looped over
 _SIDE = 64
 _STRIPE_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of S (rows, columns), its depth along D, and how the program runs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# 128x128 on 8 warps: 64 accumulators a thread, so that two programs fit a multiprocessor and the exponentials
-# of one hide behind the products of the other
-_CONFIGS = {
-    ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
-    ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
-    ("cuda", 10, 2): Config(128, 64, 64, 8, 4),
-    ("hip", 9, 2): Config(128, 128, 32, 8, 2),
-    ("interpreter", 0, 2): Config(16, 16, 16, 1, 1),
-    ("interpreter", 0, 4): Config(16, 16, 16, 1, 1),
-}
-
-
-def choose_config(target: str, major: int, element_size: int) -> Config:
-    """Returns the tile for an architecture; those not in the table get one that fits everywhere."""
-    fallback = Config(64, 64, 32, 4, 2)
-    return _CONFIGS.get((target, major, element_size), fallback)
-
-
-@triton.jit
-def _dots(
-    x_ptr,  # (M, D), row-major
-    y_ptr,  # (N, D), row-major
-    offs_m,  # (BLOCK_M,) int64
-    offs_n,  # (BLOCK_N,) int64
-    M,
-    N,
-    D,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    offs_k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # rows past the end repeat the last one: a load in bounds needs no mask, and the tile is masked later
-    x_row = x_ptr + tl.minimum(offs_m, M - 1)[:, None] * D
-    y_row = y_ptr + tl.minimum(offs_n, N - 1)[None, :] * D
-    for k in range(0, D, BLOCK_K):
-        depth = k + offs_k
-        x = tl.load(x_row + depth[None, :], mask=depth[None, :] < D, other=0.0)
-        y = tl.load(y_row + depth[:, None], mask=depth[:, None] < D, other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def _finite(value):
-    # an infinite maximum cannot be subtracted
-    return tl.where(value - value == 0.0, value, 0.0)
 
 
 @triton.jit(do_not_specialize=["M", "group_m", "group_n"])
@@ -124,7 +59,7 @@ def similarity_lse_fwd_kernel_sums(
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for t_n in range(0, group_n):
             offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc = _dots(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             e = tl.exp(acc * scale - shift)
             e = tl.where((offs_m[:, None] < M) & (offs_n[None, :] < N), e, 0.0)
             row_sum += tl.sum(e, axis=1)
@@ -168,13 +103,13 @@ def similarity_lse_fwd_kernel_online(
             row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             for t_n in range(0, group_n):
                 offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc = _dots(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
                 inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
                 logits = tl.where(inside, acc * scale, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-                e = tl.where(inside, tl.exp(logits - _finite(new_max)[:, None]), 0.0)
+                e = tl.where(inside, tl.exp(logits - finite(new_max)[:, None]), 0.0)
                 # an empty sum stays empty whatever its maximum was
-                kept = tl.where(row_sum == 0.0, 0.0, row_sum * tl.exp(_finite(row_max) - _finite(new_max)))
+                kept = tl.where(row_sum == 0.0, 0.0, row_sum * tl.exp(finite(row_max) - finite(new_max)))
                 row_sum = kept + tl.sum(e, axis=1)
                 row_max = new_max
                 if COLUMNS:
@@ -184,8 +119,8 @@ def similarity_lse_fwd_kernel_online(
                     old_max = tl.load(p_max, mask=in_n, other=0.0)
                     old_sum = tl.load(p_sum, mask=in_n, other=0.0)
                     top = tl.maximum(old_max, tl.max(logits, axis=0))
-                    e = tl.where(inside, tl.exp(logits - _finite(top)[None, :]), 0.0)
-                    kept = tl.where(old_sum == 0.0, 0.0, old_sum * tl.exp(_finite(old_max) - _finite(top)))
+                    e = tl.where(inside, tl.exp(logits - finite(top)[None, :]), 0.0)
+                    kept = tl.where(old_sum == 0.0, 0.0, old_sum * tl.exp(finite(old_max) - finite(top)))
                     tl.store(p_max, top, mask=in_n)
                     tl.store(p_sum, kept + tl.sum(e, axis=0), mask=in_n)
                     tl.debug_barrier()
@@ -232,7 +167,7 @@ def similarity_lse_bwd_kernel_stripe(
     in_m = offs_m < stop
     in_n = offs_n < N
     scale = tl.load(scale_ptr)
-    dots = _dots(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    dots = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     logits = dots * scale
     if tl.load(flag_ptr) == 0:
         factor = tl.load(row_factor_ptr + offs_m, mask=in_m, other=0.0)[:, None]
@@ -259,34 +194,11 @@ def similarity_lse_bwd_kernel_stripe(
     tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
 
 
-def _config(x: Tensor) -> Config:
-    if _env.triton_interpreted():
-        return choose_config("interpreter", 0, x.element_size())
-    if torch.version.hip:
-        return choose_config("hip", 9, x.element_size())
-    return choose_config("cuda", torch.cuda.get_device_capability(x.device)[0], x.element_size())
-
-
-def _precision(x: Tensor) -> str:
-    # never the default, which would silently be TF32 for fp32 inputs
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 def _tiles(x: Tensor, y: Tensor, config: Config) -> tuple[int, int, int, int]:
     """Programs along n and m, and tiles of each program along n and m."""
     tiles_n, tiles_m = triton.cdiv(y.shape[0], config.block_n), triton.cdiv(x.shape[0], config.block_m)
     group_n, group_m = triton.cdiv(tiles_n, _SIDE), triton.cdiv(tiles_m, _SIDE)
     return triton.cdiv(tiles_n, group_n), triton.cdiv(tiles_m, group_m), group_n, group_m
-
-
-def _shift(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The static shift () f32 and whether it is unusable () i32, both on the device."""
-    norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in (x, y)]
-    # 1e-5 covers the rounding of the norms and of the dot products
-    bound = scale.abs() * norms[0] * norms[1] * (1 + 1e-5)
-    usable = bound < _LARGEST_BOUND
-    shift = torch.where(usable, (bound - _HEADROOM).clamp_min(0.0).ceil(), torch.zeros_like(bound))
-    return shift, usable.logical_not().to(torch.int32)
 
 
 def _lse_of_slabs(slabs: Tensor, shift: Tensor, flag: Tensor) -> Tensor:
@@ -311,9 +223,9 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor,
     x (M, D) and y (N, D): contiguous, one dtype of fp32, bf16, fp16; scale () fp32 on the device.
     """
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = _config(x)
+    config = config_for(x)
     programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
-    shift, flag = _shift(x, y, scale)
+    shift, flag = static_shift(x, y, scale)
     flag = flag.reshape(1)
     grid = (programs_n, programs_m)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
@@ -322,7 +234,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor,
     cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
     similarity_lse_fwd_kernel_sums[grid](
         x, y, scale, shift, rows, cols, m, n, d, group_m, group_n,
-        COLUMNS=columns, PRECISION=_precision(x), **blocks, **options,
+        COLUMNS=columns, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     row_lse = _lse_of_slabs(rows, shift, flag)
     col_lse = _lse_of_slabs(cols, shift, flag) if columns else cols.new_empty(0)
@@ -330,7 +242,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor,
     col_max, online_cols = torch.full_like(cols, -torch.inf), torch.zeros_like(cols)
     similarity_lse_fwd_kernel_online[grid](
         x, y, scale, flag, row_max, online_rows, col_max, online_cols, m, n, d, group_m, group_n,
-        COLUMNS=columns, PRECISION=_precision(x), **blocks, **options,
+        COLUMNS=columns, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     raised = flag != 0
     row_lse = torch.where(raised, _merge_online(row_max, online_rows), row_lse)
@@ -355,13 +267,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx (M, D), dy (N, D) and dscale, fp32, empty where not needed; arguments as in `chunked`."""
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = _config(x)
+    config = config_for(x)
     columns, positives = g_col.numel() > 0, g_pos.numel() > 0
-    # G near 1 while it is rounded to half precision: 1/N would underflow in fp16
-    unit = torch.stack([g.abs().amax() for g in (g_row, g_col, g_pos) if g.numel()]).amax()
-    unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
+    unit = gradient_unit(g_row, g_col, g_pos)
     g_row, g_col, g_pos = g_row / unit, g_col / unit, g_pos / unit
-    shift, flag = _shift(x, y, scale)
+    shift, flag = static_shift(x, y, scale)
     safe = (row_lse - shift >= _LOWEST_SUM) & row_lse.isfinite()
     flag = flag | safe.all().logical_not()
     if columns:
@@ -384,7 +294,7 @@ def backward(
         similarity_lse_bwd_kernel_stripe[grid](
             x, y, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
             stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
-            COLUMNS=columns, POSITIVES=positives, SCALE=need_scale, PRECISION=_precision(x),
+            COLUMNS=columns, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
+from ..checks import accumulator, check_pair, scale_tensor
 from . import chunked
 
 Directions = Literal["both", "rows"]
@@ -27,18 +28,13 @@ Method = Literal["auto", "recompute", "cached"]
 _CPU_TILE = 1024
 # read once: torch.compile must not trace into the environment
 _CACHE_BUDGET = _env.cache_budget_bytes()
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_DIAGONAL = -1
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
-    accumulator = _accumulator(x.dtype)
+    wide = accumulator(x.dtype)
     partners = y[diagonal : diagonal + x.shape[0]]
-    return (x.to(accumulator) * partners.to(accumulator)).sum(1) * scale
+    return (x.to(wide) * partners.to(wide)).sum(1) * scale
 
 
 @torch.library.custom_op("llm2clip_kernels::similarity_lse", mutates_args=())
@@ -46,7 +42,7 @@ def _forward(
     x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
-    accumulator = _accumulator(x.dtype)
+    wide = accumulator(x.dtype)
     chosen = backend.choose(x.device, x.dtype)
     if chosen == "native":
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -60,9 +56,9 @@ def _forward(
         row, col = kernel.forward(x, y, scale, columns)
     else:
         row, col = chunked.forward(x, y, scale, columns)
-    pos = x.new_empty(0, dtype=accumulator) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
-    low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=accumulator)
-    return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=accumulator)
+    pos = x.new_empty(0, dtype=wide) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
+    low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=wide)
+    return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=wide)
 
 
 @_forward.register_fake
@@ -70,7 +66,7 @@ def _(
     x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     return (
         x.new_empty(m, dtype=dtype),
         x.new_empty(n if columns else 0, dtype=dtype),
@@ -173,47 +169,6 @@ def _autograd(
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def check_pair(x: Tensor, y: Tensor, name: str = "similarity_lse") -> None:
-    """Raises TypeError or ValueError unless x is (M, D) and y is (N, D), floats of one dtype and device."""
-    for label, t in (("x", x), ("y", y)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {label} must be a tensor, got {type(t).__name__}")
-        if t.dim() != 2:
-            raise ValueError(f"{name}: {label} must be 2-D (rows, D), got shape {tuple(t.shape)}")
-        if t.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name}: {label} must be fp32, bf16, fp16 or fp64, got {t.dtype}; convert it first"
-            )
-    if x.dtype != y.dtype:
-        raise TypeError(
-            f"{name}: x and y must have one dtype, got {x.dtype} and {y.dtype}; convert one of them"
-        )
-    if x.device != y.device:
-        raise ValueError(f"{name}: x and y must be on one device, got {x.device} and {y.device}")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{name}: x and y must have one D, got {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.shape[0] == 0 or y.shape[0] == 0 or x.shape[1] == 0:
-        raise ValueError(
-            f"{name}: empty input, got {tuple(x.shape)} and {tuple(y.shape)}; one row and D >= 1 needed"
-        )
-
-
-def scale_tensor(scale: Tensor | float, like: Tensor, name: str = "similarity_lse") -> Tensor:
-    """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient."""
-    dtype = _accumulator(like.dtype)
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(
-                f"{name}: scale must be a number or a 1-element tensor, got shape {tuple(scale.shape)}"
-            )
-        if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
-            raise TypeError(f"{name}: scale must be a real number, got {scale.dtype}")
-        return scale.reshape(()).to(device=like.device, dtype=dtype)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"{name}: scale must be a number or a 1-element tensor, got {type(scale).__name__}")
-    return torch.full((), float(scale), dtype=dtype, device=like.device)
-
-
 def _wants_cache(method: str, x: Tensor, y: Tensor, scale: Tensor) -> bool:
     if method not in ("auto", "recompute", "cached"):
         raise ValueError(f"method must be 'auto', 'recompute' or 'cached', got {method!r}")
@@ -248,14 +203,14 @@ def similarity_lse_with_positives(
         row_lse (M,); col_lse (N,) or None; positive logits (M,) or None; and what rounding took from these
         three, one after the other: add it after subtracting them from each other. fp32 (fp64 for fp64).
     """
-    check_pair(x, y)
+    check_pair(x, y, "similarity_lse")
     if directions not in ("both", "rows"):
         raise ValueError(f"directions must be 'both' or 'rows', got {directions!r}")
     if diagonal != NO_DIAGONAL and not 0 <= diagonal <= y.shape[0] - x.shape[0]:
         raise ValueError(
             f"diagonal {diagonal} leaves rows without a positive: x has {x.shape[0]} rows, y {y.shape[0]}"
         )
-    factor = scale_tensor(scale, x)
+    factor = scale_tensor(scale, x, "similarity_lse")
     columns = directions == "both"
     row, col, pos, low, _ = _forward(x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor))
     return row, col if columns else None, pos if diagonal >= 0 else None, low
@@ -307,8 +262,6 @@ def similarity_lse(
 __all__ = [
     "Directions",
     "Method",
-    "check_pair",
-    "scale_tensor",
     "similarity_lse",
     "similarity_lse_with_positives",
 ]

@@ -1,0 +1,54 @@
+"""What every op over two feature matrices checks, and the dtype it accumulates in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of sums and results for inputs of `dtype`: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_pair(x: Tensor, y: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError unless x is (M, D) and y is (N, D), floats of one dtype and device."""
+    for label, t in (("x", x), ("y", y)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(t).__name__}")
+        if t.dim() != 2:
+            raise ValueError(f"{name}: {label} must be 2-D (rows, D), got shape {tuple(t.shape)}")
+        if t.dtype not in FLOATS:
+            raise TypeError(
+                f"{name}: {label} must be fp32, bf16, fp16 or fp64, got {t.dtype}; convert it first"
+            )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{name}: x and y must have one dtype, got {x.dtype} and {y.dtype}; convert one of them"
+        )
+    if x.device != y.device:
+        raise ValueError(f"{name}: x and y must be on one device, got {x.device} and {y.device}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{name}: x and y must have one D, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape[0] == 0 or y.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(
+            f"{name}: empty input, got {tuple(x.shape)} and {tuple(y.shape)}; one row and D >= 1 needed"
+        )
+
+
+def scale_tensor(scale: Tensor | float, like: Tensor, name: str) -> Tensor:
+    """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient."""
+    dtype = accumulator(like.dtype)
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(
+                f"{name}: scale must be a number or a 1-element tensor, got shape {tuple(scale.shape)}"
+            )
+        if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
+            raise TypeError(f"{name}: scale must be a real number, got {scale.dtype}")
+        return scale.reshape(()).to(device=like.device, dtype=dtype)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{name}: scale must be a number or a 1-element tensor, got {type(scale).__name__}")
+    return torch.full((), float(scale), dtype=dtype, device=like.device)

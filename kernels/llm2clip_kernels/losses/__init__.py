@@ -1,0 +1,8 @@
+"""Losses with the host libraries' own names, signatures and gradients: swap the import, keep the trainer."""
+
+from __future__ import annotations
+
+from .llm2vec import HardNegativeNLLLoss
+from .open_clip import ClipLoss
+
+__all__ = ["ClipLoss", "HardNegativeNLLLoss"]

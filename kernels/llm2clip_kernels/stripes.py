@@ -1,0 +1,41 @@
+"""Row stripes of a similarity matrix and torch's own GEMM on them: what the plain-torch backends share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import accumulator
+
+# of one stripe of logits; two or three of that size live at a time
+STRIPE_BYTES = 16 * 2**20
+
+
+def stripe_rows(columns: int, rows: int) -> int:
+    """Returns how many rows of a (rows, columns) matrix of floats make a stripe of bounded size."""
+    # a GEMM of fewer than 128 rows wastes more than the workspace saves
+    return max(1, min(rows, max(128, STRIPE_BYTES // (4 * max(columns, 1)))))
+
+
+def widen(t: Tensor) -> Tensor:
+    """Half precision to fp32 where the device's GEMM cannot accumulate and return fp32 itself."""
+    return t if t.is_cuda else t.to(accumulator(t.dtype))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, (M, K) by (K, N), accumulated and returned in fp32 (fp64 for fp64)."""
+    wide = accumulator(a.dtype)
+    if a.dtype == wide:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+def gradient_unit(*gradients: Tensor) -> Tensor:
+    """The largest magnitude among the gradients, 1 where that is zero or not finite; 0-dim.
+
+    Divided out while G = dL/dS may be rounded to half precision: of size 1/N it would underflow in fp16.
+    """
+    unit = torch.stack([g.abs().amax() for g in gradients if g.numel()]).amax()
+    return torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))

@@ -1,0 +1,105 @@
+"""What the Triton kernels over a similarity matrix share: the tile of dot products, its size, the static shift."""
+
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads the annotations of its kernels as types of its own)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _env
+
+HEADROOM = 70.0
+LARGEST_BOUND = 1e30
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of S (rows, columns), its depth along D, and how the program runs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# 128x128 on 8 warps: 64 accumulators a thread, so that two programs fit a multiprocessor and the exponentials
+# of one hide behind the products of the other
+_CONFIGS = {
+    ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
+    ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
+    ("cuda", 10, 2): Config(128, 64, 64, 8, 4),
+    ("hip", 9, 2): Config(128, 128, 32, 8, 2),
+    ("interpreter", 0, 2): Config(16, 16, 16, 1, 1),
+    ("interpreter", 0, 4): Config(16, 16, 16, 1, 1),
+}
+
+
+def choose_config(target: str, major: int, element_size: int) -> Config:
+    """Returns the tile for an architecture; those not in the table get one that fits everywhere."""
+    fallback = Config(64, 64, 32, 4, 2)
+    return _CONFIGS.get((target, major, element_size), fallback)
+
+
+@triton.jit
+def dots_tile(
+    x_ptr,  # (M, D), row-major
+    y_ptr,  # (N, D), row-major
+    offs_m,  # (BLOCK_M,) int64
+    offs_n,  # (BLOCK_N,) int64
+    M,
+    N,
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # rows past the end repeat the last one: a load in bounds needs no mask, and the tile is masked later
+    x_row = x_ptr + tl.minimum(offs_m, M - 1)[:, None] * D
+    y_row = y_ptr + tl.minimum(offs_n, N - 1)[None, :] * D
+    for k in range(0, D, BLOCK_K):
+        depth = k + offs_k
+        x = tl.load(x_row + depth[None, :], mask=depth[None, :] < D, other=0.0)
+        y = tl.load(y_row + depth[:, None], mask=depth[:, None] < D, other=0.0)
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def finite(value):
+    # an infinite maximum cannot be subtracted
+    return tl.where(value - value == 0.0, value, 0.0)
+
+
+def config_for(x: Tensor) -> Config:
+    """Returns the tile for the device and dtype of x."""
+    if _env.triton_interpreted():
+        return choose_config("interpreter", 0, x.element_size())
+    if torch.version.hip:
+        return choose_config("hip", 9, x.element_size())
+    return choose_config("cuda", torch.cuda.get_device_capability(x.device)[0], x.element_size())
+
+
+def precision(x: Tensor) -> str:
+    """Returns the `input_precision` of tl.dot for the dtype of x."""
+    # never the default, which would silently be TF32 for fp32 inputs
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def static_shift(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The static shift () f32 and whether it is unusable () i32, both on the device."""
+    norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in (x, y)]
+    # 1e-5 covers the rounding of the norms and of the dot products
+    bound = scale.abs() * norms[0] * norms[1] * (1 + 1e-5)
+    usable = bound < LARGEST_BOUND
+    shift = torch.where(usable, (bound - HEADROOM).clamp_min(0.0).ceil(), torch.zeros_like(bound))
+    return shift, usable.logical_not().to(torch.int32)
