@@ -1,4 +1,4 @@
-"""Contrastive losses over `similarity_lse`: everything here is O(N·D) algebra on top of it.
+"""Symmetric InfoNCE over `similarity_lse`: everything here is O(N·D) algebra on top of it.
 
 With S = scale · x yᵀ, ε the label smoothing and N the number of pairs over all ranks:
 
@@ -10,28 +10,14 @@ the (B_r, N) block of S, whose rows are complete; all-reduces of N floats comple
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed
-from .checks import check_pair, scale_tensor
-from .distributed import Group
-from .similarity_lse.op import Method, similarity_lse_with_positives
-
-Reduction = Literal["mean", "sum", "none"]
-GradReduction = Literal["ddp_mean", "sum"]
-
-
-def _check_options(name: str, reduction: str, grad_reduction: str, label_smoothing: float = 0.0) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if grad_reduction not in ("ddp_mean", "sum"):
-        raise ValueError(f"{name}: grad_reduction must be 'ddp_mean' or 'sum', got {grad_reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+from .. import distributed
+from ..checks import check_pair, scale_tensor
+from ..distributed import Group
+from ..similarity_lse.op import Method, similarity_lse_with_positives
+from .common import GradReduction, Reduction, check_options, reduce_terms, uses_group, zero_of
 
 
 def symmetric_terms(
@@ -86,27 +72,6 @@ def symmetric_terms(
     return loss, total
 
 
-def _reduce(
-    terms: Tensor, total: int, reduction: str, grad_reduction: str, group: Group, distributed_: bool
-) -> Tensor:
-    if distributed_ and grad_reduction == "ddp_mean":
-        # DDP divides the summed gradients by the number of ranks afterwards
-        terms = distributed.scale_gradient(terms, float(dist.get_world_size(group)))
-    if reduction == "none":
-        return terms
-    loss = terms.sum()
-    if distributed_:
-        loss = distributed.report_sum(loss, group)
-    return loss / total if reduction == "mean" else loss
-
-
-def zero_of(logit_bias: Tensor | float | None, like: Tensor) -> Tensor:
-    # a bias added to every logit cancels in the softmax; DDP still wants a gradient from it, of zeros
-    if not isinstance(logit_bias, Tensor):
-        return like.new_zeros(())
-    return torch.where(torch.zeros_like(logit_bias, dtype=torch.bool), logit_bias, 0.0).sum().to(like.dtype)
-
-
 def infonce_loss(
     x: Tensor,
     y: Tensor,
@@ -142,63 +107,13 @@ def infonce_loss(
     Raises:
         TypeError, ValueError: inputs that do not fit.
     """
-    _check_options("infonce_loss", reduction, grad_reduction, label_smoothing)
+    check_options("infonce_loss", reduction, grad_reduction, label_smoothing)
     check_pair(x, y, "infonce_loss")
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"infonce_loss: x and y must pair up, got {x.shape[0]} and {y.shape[0]} rows")
-    over_ranks = group is not None if gather is None else gather
+    over_ranks = uses_group(group, gather)
     terms, total = symmetric_terms(
         x, y, scale, label_smoothing=label_smoothing, group=group, distributed_=over_ranks, method=method
     )
-    loss = _reduce(terms, total, reduction, grad_reduction, group, over_ranks)
+    loss = reduce_terms(terms, total, reduction, grad_reduction, group, over_ranks)
     return loss + zero_of(logit_bias, loss)
-
-
-def nll_loss(
-    x: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor | float,
-    *,
-    reduction: Reduction = "mean",
-    group: Group = None,
-    gather: bool | None = None,
-    grad_reduction: GradReduction = "ddp_mean",
-    method: Method = "auto",
-) -> Tensor:
-    """One-direction InfoNCE: every row of x against [positives; negatives] of all ranks.
-
-    Args:
-        x: (B, D) queries, normalised by the caller.
-        positives: (B, D), row i belongs to x's row i; the other rows are in-batch negatives.
-        negatives: (K, D) hard negatives, any number, or None.
-        scale, reduction, group, gather, grad_reduction, method: as in `infonce_loss`.
-
-    Returns:
-        0-dim loss, the same on every rank, or (B,) for "none".
-
-    Raises:
-        TypeError, ValueError: inputs that do not fit.
-    """
-    _check_options("nll_loss", reduction, grad_reduction)
-    check_pair(x, positives, "nll_loss")
-    if x.shape[0] != positives.shape[0]:
-        raise ValueError(f"nll_loss: one positive per query, got {x.shape[0]} and {positives.shape[0]} rows")
-    if negatives is not None:
-        check_pair(x, negatives, "nll_loss")
-    over_ranks = group is not None if gather is None else gather
-    first, total = 0, x.shape[0]
-    candidates = [positives] if negatives is None else [positives, negatives]
-    if over_ranks:
-        counts = distributed.row_counts(x.shape[0], group, x.device)
-        first, total = sum(counts[: dist.get_rank(group)]), sum(counts)
-        candidates = [
-            distributed.gather_rows(c, distributed.row_counts(c.shape[0], group, x.device), group)
-            for c in candidates
-        ]
-    row, _, pos, low = similarity_lse_with_positives(
-        x, torch.cat(candidates), scale, directions="rows", diagonal=first, method=method
-    )
-    assert pos is not None
-    terms = (row - pos) + (low[: x.shape[0]] - low[x.shape[0] :])
-    return _reduce(terms, total, reduction, grad_reduction, group, over_ranks)

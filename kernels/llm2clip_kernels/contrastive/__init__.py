@@ -1,0 +1,9 @@
+"""Contrastive losses: algebra over `similarity_lse`, O(N·D) in memory, over any process group."""
+
+from __future__ import annotations
+
+from .common import GradReduction, Reduction, zero_of
+from .infonce import infonce_loss, symmetric_terms
+from .nll import nll_loss
+
+__all__ = ["GradReduction", "Reduction", "infonce_loss", "nll_loss", "symmetric_terms", "zero_of"]
