@@ -46,85 +46,111 @@ struct Outputs {
   void put_col(int64_t j, double value) const { put(col, row.numel(), j, value); }
 
   // from the same tile, rounded the same way: an error of the logit then cancels in lse - pos
-  void take_positives(const Tensor& tile, double scale, int64_t r, int64_t m, int64_t c, int64_t n) const {
-    for (int64_t i = 0; i < m && pos.numel() > 0; ++i) {
-      const int64_t j = diagonal + r + i - c;
-      if (j >= 0 && j < n) put(pos, row.numel() + col.numel(), r + i, static_cast<float>(scale) * data(tile)[i * n + j]);
+  void take_positives(const Tensor& tile, double scale, const Tile& t) const {
+    for (int64_t i = 0; i < t.m && pos.numel() > 0; ++i) {
+      const int64_t j = diagonal + t.r + i - t.c;
+      if (j < 0 || j >= t.n) continue;
+      put(pos, row.numel() + col.numel(), t.r + i, static_cast<float>(scale) * data(tile)[i * t.n + j]);
     }
   }
 };
 
 void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Outputs& out) {
-  const Tensor& col = out.col;
-  const Tensor& cache = out.cache;
-  const bool columns = col.numel() > 0;
-  const bool cached = cache.numel() > 0;
-  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
-  std::vector<double> row_sum(tiles.rows, 0.0);
+  const bool columns = out.col.numel() > 0;
+  const bool cached = out.cache.numel() > 0;
+  const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
+  std::vector<double> row_sum(tiles.workers * tiles.height, 0.0);
   std::vector<double> col_sum(columns ? tiles.cols : 0, 0.0);
-  std::vector<float> partial(columns ? (tiles.height + kBlock - 1) / kBlock * tiles.width : 0);
-  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    const Tensor tile = as_matrix(buffer, m, n);
-    multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
-    out.take_positives(tile, scale, r, m, c, n);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      row_kernels().sum(
-          {data(tile) + first * n, count, n, static_cast<float>(scale), shift,
-           row_sum.data() + r + first, columns ? partial.data() + b * n : nullptr,
-           cached ? data(cache) + (r + first) * tiles.cols + c : nullptr, tiles.cols});
-    });
-    if (!columns) return;
-    const int64_t blocks = (m + kBlock - 1) / kBlock;
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t j = 0; j < n; ++j) col_sum[c + j] += partial[b * n + j];
-    }
-  });
-  const double c = shift;
-  for (int64_t i = 0; i < tiles.rows; ++i) out.put_row(i, std::log(row_sum[i]) + c);
-  for (size_t j = 0; j < col_sum.size(); ++j) out.put_col(j, std::log(col_sum[j]) + c);
+  std::vector<float> partial(columns ? tiles.workers * tiles.blocks() * tiles.width : 0);
+  const double shift_ = shift;
+  tiles.each(
+      [&](const Tile& t) {
+        const Tensor tile = as_matrix(buffers[t.worker], t.m, t.n);
+        multiply(tile, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        out.take_positives(tile, scale, t);
+        double* rows = row_sum.data() + t.worker * tiles.height;
+        float* cols = columns ? partial.data() + t.worker * tiles.blocks() * tiles.width : nullptr;
+        for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
+          row_kernels().sum(
+              {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), shift, rows + first,
+               columns ? cols + b * t.n : nullptr,
+               cached ? data(out.cache) + (t.r + first) * tiles.cols + t.c : nullptr, tiles.cols});
+        });
+        for (int64_t b = 0; columns && b * kBlock < t.m; ++b) {
+          for (int64_t j = 0; j < t.n; ++j) col_sum[t.c + j] += cols[b * t.n + j];
+        }
+      },
+      [&](int64_t r, int64_t m) {
+        for (int64_t i = 0; i < m; ++i) {
+          double total = 0;
+          for (int64_t w = 0; w < tiles.workers; ++w) {
+            total += row_sum[w * tiles.height + i];
+            row_sum[w * tiles.height + i] = 0;
+          }
+          out.put_row(r + i, std::log(total) + shift_);
+        }
+      });
+  for (size_t j = 0; j < col_sum.size(); ++j) out.put_col(j, std::log(col_sum[j]) + shift_);
 }
 
+// a sum relative to its own maximum, and the merging of two of them
+struct Running {
+  float largest = -std::numeric_limits<float>::infinity();
+  double sum = 0.0;
+
+  void add(float other_largest, double other_sum) {
+    const float top = std::max(largest, other_largest);
+    const double shift = finite_shift(top);
+    // an empty sum stays empty whatever its maximum was
+    const double kept = sum == 0.0 ? 0.0 : sum * std::exp(finite_shift(largest) - shift);
+    const double added = other_sum == 0.0 ? 0.0 : other_sum * std::exp(finite_shift(other_largest) - shift);
+    sum = kept + added;
+    largest = top;
+  }
+  double log() const { return std::log(sum) + finite_shift(largest); }
+};
+
 void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Outputs& out) {
-  const Tensor& col = out.col;
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  const bool columns = col.numel() > 0;
-  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
-  std::vector<double> row_sum(tiles.rows, 0.0);
-  std::vector<float> row_max(tiles.rows, kLowest);
-  std::vector<double> col_sum(columns ? tiles.cols : 0, 0.0);
-  std::vector<float> col_max(columns ? tiles.cols : 0, kLowest);
-  const size_t partials = columns ? (tiles.height + kBlock - 1) / kBlock * tiles.width : 0;
-  std::vector<float> partial_sum(partials);
-  std::vector<float> partial_max(partials);
-  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    const Tensor tile = as_matrix(buffer, m, n);
-    multiply(tile, product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1), false);
-    out.take_positives(tile, scale, r, m, c, n);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      row_kernels().online(
-          {data(tile) + first * n, count, n, static_cast<float>(scale), row_max.data() + r + first,
-           row_sum.data() + r + first, columns ? partial_max.data() + b * n : nullptr,
-           columns ? partial_sum.data() + b * n : nullptr});
-    });
-    if (!columns) return;
-    const int64_t blocks = (m + kBlock - 1) / kBlock;
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int64_t j = 0; j < n; ++j) {
-        const float before = col_max[c + j];
-        const float after = std::max(before, partial_max[b * n + j]);
-        const double shift = finite_shift(after);
-        const double kept = col_sum[c + j] == 0.0 ? 0.0 : col_sum[c + j] * std::exp(finite_shift(before) - shift);
-        col_sum[c + j] = kept + partial_sum[b * n + j] * std::exp(finite_shift(partial_max[b * n + j]) - shift);
-        col_max[c + j] = after;
-      }
-    }
-  });
-  for (int64_t i = 0; i < tiles.rows; ++i) {
-    out.put_row(i, std::log(row_sum[i]) + finite_shift(row_max[i]));
-  }
-  for (size_t j = 0; j < col_sum.size(); ++j) {
-    out.put_col(j, std::log(col_sum[j]) + finite_shift(col_max[j]));
-  }
+  const bool columns = out.col.numel() > 0;
+  const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
+  std::vector<float> row_max(tiles.workers * tiles.height, kLowest);
+  std::vector<double> row_sum(tiles.workers * tiles.height, 0.0);
+  std::vector<Running> col_total(columns ? tiles.cols : 0);
+  const int64_t partials = columns ? tiles.blocks() * tiles.width : 0;
+  std::vector<float> partial_max(tiles.workers * partials);
+  std::vector<float> partial_sum(tiles.workers * partials);
+  tiles.each(
+      [&](const Tile& t) {
+        const Tensor tile = as_matrix(buffers[t.worker], t.m, t.n);
+        multiply(tile, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        out.take_positives(tile, scale, t);
+        const int64_t rows = t.worker * tiles.height;
+        const int64_t cols = t.worker * partials;
+        for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
+          row_kernels().online(
+              {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), row_max.data() + rows + first,
+               row_sum.data() + rows + first, columns ? partial_max.data() + cols + b * t.n : nullptr,
+               columns ? partial_sum.data() + cols + b * t.n : nullptr});
+        });
+        for (int64_t b = 0; columns && b * kBlock < t.m; ++b) {
+          for (int64_t j = 0; j < t.n; ++j) {
+            col_total[t.c + j].add(partial_max[cols + b * t.n + j], partial_sum[cols + b * t.n + j]);
+          }
+        }
+      },
+      [&](int64_t r, int64_t m) {
+        for (int64_t i = 0; i < m; ++i) {
+          Running total;
+          for (int64_t w = i; w < tiles.workers * tiles.height; w += tiles.height) {
+            total.add(row_max[w], row_sum[w]);
+            row_max[w] = kLowest;
+            row_sum[w] = 0;
+          }
+          out.put_row(r + i, total.log());
+        }
+      });
+  for (size_t j = 0; j < col_total.size(); ++j) out.put_col(j, col_total[j].log());
 }
 
 void check_inputs(const Tensor& x, const Tensor& y) {
@@ -195,35 +221,45 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g
   Tensor dx = torch::stable::new_empty(x, {need_x ? tiles.rows : 0, x.size(1)}, ScalarType::Float);
   Tensor dy = torch::stable::new_empty(y, {need_y ? tiles.cols : 0, y.size(1)}, ScalarType::Float);
   Tensor dscale = flat_floats(x, need_scale ? 1 : 0);
-  const Tensor buffer = flat_floats(x, tiles.height * tiles.width);
-  std::vector<double> partial((tiles.height + kBlock - 1) / kBlock, 0.0);
+  const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
+  // rows are shared by all workers of a stripe
+  const bool share_rows = need_x && tiles.workers > 1;
+  const std::vector<Tensor> row_parts = worker_buffers(x, share_rows ? tiles.workers : 0, tiles.height * x.size(1));
+  std::vector<double> partial(tiles.workers * tiles.blocks(), 0.0);
   const bool sum_scale = need_scale && mode != GradMode::kCached;
-  tiles.each([&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    const Tensor g = as_matrix(buffer, m, n);
-    const Tensor x_rows = product_view(x, r, m);
-    const Tensor y_rows = product_view(y, c, n);
-    if (mode != GradMode::kCached) multiply(g, x_rows, torch::stable::transpose(y_rows, 0, 1), false);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      GradRows a{};
-      a.in = mode == GradMode::kCached ? data(cache) + (r + first) * tiles.cols + c : data(g) + first * n;
-      a.in_stride = mode == GradMode::kCached ? tiles.cols : n;
-      a.out = data(g) + first * n;
-      a.rows = count;
-      a.cols = n;
-      a.scale = static_cast<float>(scale);
-      a.shift = shift;
-      a.row_factor = row_factor.data() + r + first;
-      a.col_factor = columns ? col_factor.data() + c : nullptr;
-      a.row_lse = data(row_lse) + r + first;
-      a.col_lse = columns ? data(col_lse) + c : nullptr;
-      a.g_pos = g_pos.numel() > 0 ? data(g_pos) + r + first : nullptr;
-      a.positive = diagonal + r + first - c;
-      a.scale_gradient = sum_scale ? partial.data() + b : nullptr;
-      row_kernels().grad(a, mode);
-    });
-    if (need_x) multiply(product_view(dx, r, m), g, y_rows, c > 0);
-    if (need_y) multiply(product_view(dy, c, n), torch::stable::transpose(g, 0, 1), x_rows, r > 0);
-  });
+  tiles.each(
+      [&](const Tile& t) {
+        const Tensor g = as_matrix(buffers[t.worker], t.m, t.n);
+        const Tensor x_rows = product_view(x, t.r, t.m);
+        const Tensor y_rows = product_view(y, t.c, t.n);
+        if (mode != GradMode::kCached) multiply(g, x_rows, torch::stable::transpose(y_rows, 0, 1), false);
+        for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
+          GradRows a{};
+          a.in = mode == GradMode::kCached ? data(cache) + (t.r + first) * tiles.cols + t.c : data(g) + first * t.n;
+          a.in_stride = mode == GradMode::kCached ? tiles.cols : t.n;
+          a.out = data(g) + first * t.n;
+          a.rows = count;
+          a.cols = t.n;
+          a.scale = static_cast<float>(scale);
+          a.shift = shift;
+          a.row_factor = row_factor.data() + t.r + first;
+          a.col_factor = columns ? col_factor.data() + t.c : nullptr;
+          a.row_lse = data(row_lse) + t.r + first;
+          a.col_lse = columns ? data(col_lse) + t.c : nullptr;
+          a.g_pos = g_pos.numel() > 0 ? data(g_pos) + t.r + first : nullptr;
+          a.positive = diagonal + t.r + first - t.c;
+          a.scale_gradient = sum_scale ? partial.data() + t.worker * tiles.blocks() + b : nullptr;
+          row_kernels().grad(a, mode);
+        });
+        if (need_x) {
+          const Tensor to = share_rows ? as_matrix(row_parts[t.worker], t.m, x.size(1)) : product_view(dx, t.r, t.m);
+          multiply(to, g, y_rows, !t.first);
+        }
+        if (need_y) multiply(product_view(dy, t.c, t.n), torch::stable::transpose(g, 0, 1), x_rows, t.r > 0);
+      },
+      [&](int64_t r, int64_t m) {
+        if (share_rows) add_workers(product_view(dx, r, m), row_parts);
+      });
   if (need_scale) {
     double total = 0;
     if (sum_scale) {
