@@ -22,7 +22,7 @@ from benchmarks import growth, harness
 from benchmarks.contrastive import MINI_BATCHES, PROVIDERS, Case, errors, exact, inputs
 
 # a provider further than this from fp64 is wrong, and its speed is not printed
-ERROR_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+ERROR_LIMIT = {"float32": 5e-5, "bfloat16": 5e-2, "float16": 1e-2}
 # the loss by definition: one product forward, one to recompute it, two for the gradients
 USEFUL_PASSES = 4
 # of one stripe of the product we compare with; a larger N×N is made stripe by stripe
