@@ -16,6 +16,7 @@
 
 #include "shift.h"
 #include "similarity_rows.h"
+#include "simd_exp.h"
 #include "tiles.h"
 
 namespace llm2clip {
@@ -55,7 +56,38 @@ struct Outputs {
   }
 };
 
-void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Outputs& out) {
+// Group ids as small numbers: equal ones stay equal, negative ones equal nothing.
+struct Groups {
+  std::vector<int32_t> row, col;
+
+  Groups(const Tensor& x_groups, const Tensor& y_groups) {
+    if (x_groups.numel() == 0) return;
+    const int64_t* rows = static_cast<const int64_t*>(x_groups.data_ptr());
+    const int64_t* cols = static_cast<const int64_t*>(y_groups.data_ptr());
+    std::vector<int64_t> known(rows, rows + x_groups.numel());
+    std::sort(known.begin(), known.end());
+    known.erase(std::unique(known.begin(), known.end()), known.end());
+    const auto number = [&](int64_t id, int32_t none) {
+      const auto found = std::lower_bound(known.begin(), known.end(), id);
+      if (id < 0 || found == known.end() || *found != id) return none;
+      return static_cast<int32_t>(found - known.begin());
+    };
+    for (int64_t i = 0; i < x_groups.numel(); ++i) row.push_back(number(rows[i], -1));
+    for (int64_t j = 0; j < y_groups.numel(); ++j) col.push_back(number(cols[j], -2));
+    // whole vectors are read past the end
+    col.resize(col.size() + kLanes, -2);
+  }
+
+  RowGroups at(int64_t r, int64_t c, int64_t diagonal) const {
+    if (row.empty()) return {};
+    // without positives, one far to the left of every column
+    const int64_t positive = diagonal < 0 ? -static_cast<int64_t>(row.size() + col.size()) : diagonal;
+    return {row.data() + r, col.data() + c, positive + r - c};
+  }
+};
+
+void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const Tiles& tiles, const Groups& groups,
+             const Outputs& out) {
   const bool columns = out.col.numel() > 0;
   const bool cached = out.cache.numel() > 0;
   const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
@@ -74,7 +106,8 @@ void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const 
           row_kernels().sum(
               {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), shift, rows + first,
                columns ? cols + b * t.n : nullptr,
-               cached ? data(out.cache) + (t.r + first) * tiles.cols + t.c : nullptr, tiles.cols});
+               cached ? data(out.cache) + (t.r + first) * tiles.cols + t.c : nullptr, tiles.cols,
+               groups.at(t.r + first, t.c, out.diagonal)});
         });
         for (int64_t b = 0; columns && b * kBlock < t.m; ++b) {
           for (int64_t j = 0; j < t.n; ++j) col_sum[t.c + j] += cols[b * t.n + j];
@@ -110,7 +143,8 @@ struct Running {
   double log() const { return std::log(sum) + finite_shift(largest); }
 };
 
-void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Outputs& out) {
+void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles& tiles, const Groups& groups,
+                    const Outputs& out) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const bool columns = out.col.numel() > 0;
   const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
@@ -131,7 +165,7 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
           row_kernels().online(
               {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), row_max.data() + rows + first,
                row_sum.data() + rows + first, columns ? partial_max.data() + cols + b * t.n : nullptr,
-               columns ? partial_sum.data() + cols + b * t.n : nullptr});
+               columns ? partial_sum.data() + cols + b * t.n : nullptr, groups.at(t.r + first, t.c, out.diagonal)});
         });
         for (int64_t b = 0; columns && b * kBlock < t.m; ++b) {
           for (int64_t j = 0; j < t.n; ++j) {
@@ -153,26 +187,35 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
   for (size_t j = 0; j < col_total.size(); ++j) out.put_col(j, col_total[j].log());
 }
 
-void check_inputs(const Tensor& x, const Tensor& y) {
+void check_inputs(const Tensor& x, const Tensor& y, const Tensor& x_groups, const Tensor& y_groups) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && y.scalar_type() == ScalarType::Float,
                   "similarity_lse: the CPU kernel takes float32");
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "similarity_lse: x (M, D), y (N, D)");
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), "similarity_lse: inputs must be contiguous");
+  const bool grouped = x_groups.numel() > 0 || y_groups.numel() > 0;
+  STD_TORCH_CHECK(!grouped || (x_groups.numel() == x.size(0) && y_groups.numel() == y.size(0)),
+                  "similarity_lse: a group for every row and every column");
+  for (const Tensor* ids : {&x_groups, &y_groups}) {
+    STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous(),
+                    "similarity_lse: groups must be contiguous int64");
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale,
                                                            bool columns, int64_t diagonal, bool cached,
+                                                           const Tensor& x_groups, const Tensor& y_groups,
                                                            int64_t tile) {
-  check_inputs(x, y);
+  check_inputs(x, y, x_groups, y_groups);
+  const Groups groups(x_groups, y_groups);
   const Tiles tiles(x, y, tile);
   const Outputs out(x, tiles, columns, diagonal, cached);
   const float shift = static_shift(x, y, scale);
   bool safe = std::isfinite(shift);
   if (safe) {
-    sum_all(x, y, scale, shift, tiles, out);
+    sum_all(x, y, scale, shift, tiles, groups, out);
     safe = is_safe(out.row, shift) && is_safe(out.col, shift);
   }
-  if (!safe) sum_all_online(x, y, scale, tiles, out);
+  if (!safe) sum_all_online(x, y, scale, tiles, groups, out);
   return {out.row, out.col, out.pos, out.low, out.cache};
 }
 
@@ -193,9 +236,10 @@ bool all_below(const std::vector<float>& values, float limit) {
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g_col, const Tensor& g_pos,
                                             const Tensor& x, const Tensor& y, double scale, const Tensor& row_lse,
                                             const Tensor& col_lse, const Tensor& low, const Tensor& cache,
-                                            int64_t diagonal, bool need_x, bool need_y, bool need_scale,
-                                            int64_t tile) {
-  check_inputs(x, y);
+                                            int64_t diagonal, const Tensor& x_groups, const Tensor& y_groups,
+                                            bool need_x, bool need_y, bool need_scale, int64_t tile) {
+  check_inputs(x, y, x_groups, y_groups);
+  const Groups groups(x_groups, y_groups);
   const Tiles tiles(x, y, tile);
   const bool columns = g_col.numel() > 0;
   const float shift = static_shift(x, y, scale);
@@ -248,6 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g
           a.col_lse = columns ? data(col_lse) + t.c : nullptr;
           a.g_pos = g_pos.numel() > 0 ? data(g_pos) + t.r + first : nullptr;
           a.positive = diagonal + t.r + first - t.c;
+          a.groups = groups.at(t.r + first, t.c, diagonal);
           a.scale_gradient = sum_scale ? partial.data() + t.worker * tiles.blocks() + b : nullptr;
           row_kernels().grad(a, mode);
         });

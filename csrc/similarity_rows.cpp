@@ -44,6 +44,24 @@ LLM2CLIP_INLINE Floats get(const float* from, int64_t count, float fill) {
   return count == kLanes ? load(from) : load_some(from, count, fill);
 }
 
+// which of the sixteen pairs (row i, columns j...) are left out
+LLM2CLIP_INLINE Ints left_out(const RowGroups& groups, int64_t i, int64_t j) {
+  Ints col;
+  std::memcpy(&col, groups.col + j, sizeof(col));
+  // far from the positive the difference only has to stay different from every lane
+  const int64_t own = groups.positive + i - j;
+  const int32_t lane = own >= 0 && own < kLanes ? static_cast<int32_t>(own) : -1;
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (col == groups.row[i]) & (lanes != lane);
+}
+
+template <bool grouped>
+LLM2CLIP_INLINE Floats keep(const RowGroups& groups, int64_t i, int64_t j, Floats value, Floats otherwise) {
+  if constexpr (grouped) return left_out(groups, i, j) ? otherwise : value;
+  return value;
+}
+
+template <bool grouped>
 LLM2CLIP_INLINE void sum_body(const SumRows& a) {
   if (a.col_sum != nullptr) std::memset(a.col_sum, 0, a.cols * sizeof(float));
   for (int64_t i = 0; i < a.rows; ++i) {
@@ -52,7 +70,7 @@ LLM2CLIP_INLINE void sum_body(const SumRows& a) {
     for_each_vector(
         a.tile + i * a.cols, a.cols, a.scale,
         [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
-          const Floats e = exp(logits - a.shift);
+          const Floats e = keep<grouped>(a.groups, i, j, exp(logits - a.shift), Floats{});
           total += e;
           if (a.col_sum != nullptr) put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
           if (cache != nullptr) put(cache + j, e, count);
@@ -61,6 +79,11 @@ LLM2CLIP_INLINE void sum_body(const SumRows& a) {
   }
 }
 
+LLM2CLIP_INLINE bool is_left_out(const RowGroups& groups, int64_t i, int64_t j) {
+  return groups.col[j] == groups.row[i] && j != groups.positive + i;
+}
+
+template <bool grouped>
 LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   if (a.col_max != nullptr) {
@@ -71,6 +94,9 @@ LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
     const float* row = a.tile + i * a.cols;
     float largest = a.row_max[i];
     for (int64_t j = 0; j < a.cols; ++j) {
+      if constexpr (grouped) {
+        if (is_left_out(a.groups, i, j)) continue;
+      }
       const float logit = row[j] * a.scale;
       if (logit > largest) largest = logit;
       if (a.col_max != nullptr && logit > a.col_max[j]) a.col_max[j] = logit;
@@ -79,7 +105,9 @@ LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
     Floats total{};
     for_each_vector(
         row, a.cols, a.scale,
-        [&](int64_t, Floats logits, int64_t) __attribute__((always_inline)) { total += exp(logits - shift); });
+        [&](int64_t j, Floats logits, int64_t) __attribute__((always_inline)) {
+          total += keep<grouped>(a.groups, i, j, exp(logits - shift), Floats{});
+        });
     const double kept = a.row_sum[i] == 0.0
         ? 0.0
         : a.row_sum[i] * std::exp(static_cast<double>(finite_shift(a.row_max[i])) - shift);
@@ -93,12 +121,13 @@ LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
         [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
           Floats top = get(a.col_max + j, count, 0.0f);
           top = top - top == Floats{} ? top : Floats{};
-          put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + exp(logits - top), count);
+          const Floats e = keep<grouped>(a.groups, i, j, exp(logits - top), Floats{});
+          put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
         });
   }
 }
 
-template <GradMode mode>
+template <GradMode mode, bool grouped>
 LLM2CLIP_INLINE void grad_body(const GradRows& a) {
   for (int64_t i = 0; i < a.rows; ++i) {
     const float* in = a.in + i * a.in_stride;
@@ -125,6 +154,7 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
         if (a.col_factor != nullptr) factor += get(a.col_factor + j, count, 0.0f);
         g = e * factor;
       }
+      g = keep<grouped>(a.groups, i, j, g, Floats{});
       if (mode != GradMode::kCached && a.scale_gradient != nullptr) {
         // the dot again rather than logit/scale, which is undefined at scale 0
         weighted += get(in + j, count, 0.0f) * g;
@@ -140,21 +170,29 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
   }
 }
 
+template <bool grouped>
 LLM2CLIP_INLINE void grad_any(const GradRows& a, GradMode mode) {
   switch (mode) {
     case GradMode::kStatic:
-      return grad_body<GradMode::kStatic>(a);
+      return grad_body<GradMode::kStatic, grouped>(a);
     case GradMode::kCached:
-      return grad_body<GradMode::kCached>(a);
+      // what was left out is zero in the cache already
+      return grad_body<GradMode::kCached, false>(a);
     case GradMode::kOnline:
-      return grad_body<GradMode::kOnline>(a);
+      return grad_body<GradMode::kOnline, grouped>(a);
   }
 }
 
-#define LLM2CLIP_VARIANT(suffix, target)                                        \
-  target void sum_##suffix(const SumRows& a) { sum_body(a); }                   \
-  target void online_##suffix(const OnlineRows& a) { online_body(a); }          \
-  target void grad_##suffix(const GradRows& a, GradMode mode) { grad_any(a, mode); } \
+#define LLM2CLIP_VARIANT(suffix, target)                                                          \
+  target void sum_##suffix(const SumRows& a) {                                                    \
+    a.groups.row == nullptr ? sum_body<false>(a) : sum_body<true>(a);                             \
+  }                                                                                               \
+  target void online_##suffix(const OnlineRows& a) {                                              \
+    a.groups.row == nullptr ? online_body<false>(a) : online_body<true>(a);                       \
+  }                                                                                               \
+  target void grad_##suffix(const GradRows& a, GradMode mode) {                                   \
+    a.groups.row == nullptr ? grad_any<false>(a, mode) : grad_any<true>(a, mode);                 \
+  }                                                                                               \
   constexpr RowKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix, #suffix};
 
 LLM2CLIP_VARIANT(default, )

@@ -9,6 +9,13 @@ namespace llm2clip {
 
 // A tile holds plain dot products x·y, `cols` floats a row, rows contiguous; the logit is scale·dot.
 
+// Pairs of equal group are left out, except a row's own positive. All null where there are no groups.
+struct RowGroups {
+  const int32_t* row;  // (rows,)
+  const int32_t* col;  // (cols,), 16 readable beyond the last
+  int64_t positive;    // column of row 0's positive; row i's is `positive + i`; may be outside [0, cols)
+};
+
 struct SumRows {
   const float* tile;  // (rows, cols)
   int64_t rows;
@@ -19,6 +26,7 @@ struct SumRows {
   float* col_sum;   // (cols,) = the same over these rows; null when no columns are wanted
   float* cache;     // (rows, cols) with row stride cache_stride, receives the exponentials; or null
   int64_t cache_stride;
+  RowGroups groups;
 };
 
 struct OnlineRows {
@@ -30,6 +38,7 @@ struct OnlineRows {
   double* row_sum;  // (rows,) running sum of exp(logit - row_max)
   float* col_max;   // (cols,) = of these rows; null when no columns are wanted
   float* col_sum;   // (cols,) = of these rows, relative to col_max
+  RowGroups groups;
 };
 
 struct GradRows {
@@ -49,6 +58,7 @@ struct GradRows {
   const float* g_pos;      // (rows,) added at column positive + row, or null
   int64_t positive;        // may be outside [0, cols)
   double* scale_gradient;  // += sum of G·dot; null when not wanted
+  RowGroups groups;
 };
 
 enum class GradMode { kStatic, kCached, kOnline };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llm2clip_kernels.similarity_lse import chunked, similarity_lse_reference, s
 from llm2clip_kernels.similarity_lse import op as op_module
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_GROUPS = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 # one pair, D = 1, ragged on every side of a vector and a row block, more than one CPU tile, D no power of two
 SHAPES = [
@@ -75,6 +77,25 @@ def test_scales(scale: float, method: str) -> None:
     y = F.normalize(x + 0.5 * features(90, 32), dim=1)
     y[7] = y[3]
     assert_as_good_as_torch(x, y, scale, method=method)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", ["recompute", "cached"])
+@pytest.mark.parametrize("scale", [20.0, 1e4])
+def test_tiles_shared_among_threads(scale: float, method: str, three_threads: None) -> None:
+    """Several workers and several stripes, by the static shift and by running maxima."""
+    x, y = features(1050, 8), features(900, 8)
+    assert_as_good_as_torch(x, y, scale, method=method)
+    assert_as_good_as_torch(x[:40], y, scale, method=method)
+    # fewer columns than one tile for each: one worker, whose blocks the threads share
+    assert_as_good_as_torch(x, y[:30], scale, method=method)
 
 
 @pytest.mark.parametrize("method", ["recompute", "cached"])
@@ -180,10 +201,10 @@ def test_opcheck(cached: bool) -> None:
     x, y, scale = features(6, 4), features(9, 4), torch.tensor(3.0)
     for needs in (True, False):
         inputs = [t.clone().requires_grad_(needs) for t in (x, y, scale)]
-        torch.library.opcheck(op_module._forward, (*inputs, True, 2, cached))
-    torch.library.opcheck(op_module._forward, (x.requires_grad_(), y, scale, False, -1, False))
-    row, col, pos, low, cache = op_module._forward(x.detach(), y, scale, True, 2, cached)
-    args = (row * 0 + 1, col * 0 + 1, pos * 0 + 1, x.detach(), y, scale, row, col, low, cache, 2)
+        torch.library.opcheck(op_module._forward, (*inputs, True, 2, cached, *NO_GROUPS))
+    torch.library.opcheck(op_module._forward, (x.requires_grad_(), y, scale, False, -1, False, *NO_GROUPS))
+    row, col, pos, low, cache = op_module._forward(x.detach(), y, scale, True, 2, cached, *NO_GROUPS)
+    args = (row * 0 + 1, col * 0 + 1, pos * 0 + 1, x.detach(), y, scale, row, col, low, cache, 2, *NO_GROUPS)
     torch.library.opcheck(op_module._backward, (*args, True, True, True))
     torch.library.opcheck(op_module._backward, (*args, False, True, False))
 
@@ -308,8 +329,8 @@ def test_bad_options() -> None:
 def test_native_variants_of_the_processor_agree() -> None:
     """What this processor chose against the chunked path on a shape with every tail."""
     x, y = features(67, 19), features(131, 19)
-    want = chunked.forward(x.double(), y.double(), torch.tensor(11.0).double(), True)
-    got = torch.ops.llm2clip_native.similarity_lse_forward(x, y, 11.0, True, -1, False, 50)
+    want = chunked.forward(x.double(), y.double(), torch.tensor(11.0).double(), True, -1, *NO_GROUPS)
+    got = torch.ops.llm2clip_native.similarity_lse_forward(x, y, 11.0, True, -1, False, *NO_GROUPS, 50)
     assert torch.allclose(got[0].double(), want[0], atol=2e-6)
     assert torch.allclose(got[1].double(), want[1], atol=2e-6)
     slabs = torch.rand(7, 40)

@@ -23,6 +23,7 @@ def check(got, want, limit, what):
     assert error <= limit, f"{what}: {error:.2e} > {limit:.0e}"
 
 torch.manual_seed(0)
+none = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
     # ragged tiles, several tiles, D = 1, underflow (scale 1e4), negative scale, rectangular both ways
     for m, n, d, s in ((33, 20, 5, 10.0), (7, 40, 33, 1e4), (5, 5, 1, 1.0), (18, 50, 16, -30.0)):
@@ -31,10 +32,10 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         dots = x.double() @ y.double().T
         logits = s * dots
         rows, cols = logits.logsumexp(1), logits.logsumexp(0)
-        row_lse, col_lse = kernel.forward(x, y, scale, True)
+        row_lse, col_lse = kernel.forward(x, y, scale, True, -1, *none)
         check(row_lse, rows, 2e-6, ("row_lse", dtype, m))
         check(col_lse, cols, 2e-6, ("col_lse", dtype, m))
-        only_rows, nothing = kernel.forward(x, y, scale, False)
+        only_rows, nothing = kernel.forward(x, y, scale, False, -1, *none)
         assert torch.equal(only_rows, row_lse) and nothing.numel() == 0
         g_row, g_col = torch.randn(m) / m, torch.randn(n) / m
         diagonal = 2 if n >= m + 2 else -1
@@ -45,7 +46,7 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         # at scale 1e4 a rounded log-sum-exp alone moves the exponentials by 1e4 * 6e-8
         bound = max(limit, 6e-4) if s == 1e4 else limit
         dx, dy, dscale = kernel.backward(
-            g_row, g_col, g_pos, x, y, scale, rows.float(), cols.float(), diagonal, True, True, True)
+            g_row, g_col, g_pos, x, y, scale, rows.float(), cols.float(), diagonal, *none, True, True, True)
         check(dx, s * g @ y.double(), bound, ("dx", dtype, m))
         check(dy, s * g.T @ x.double(), bound, ("dy", dtype, m))
         check(dscale, (g * dots).sum(), 10 * bound, ("dscale", dtype, m))
@@ -55,18 +56,18 @@ kernel._SIDE, kernel._STRIPE_BYTES = 2, 16 * 70 * 4
 x, y = (F.normalize(torch.randn(k, 8), dim=1) for k in (85, 70))
 for s, limit in ((2e3, 2e-4), (5.0, 5e-6)):
     logits = s * x.double() @ y.double().T
-    row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True)
+    row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True, -1, *none)
     check(row_lse, logits.logsumexp(1), 2e-6, "row groups")
     check(col_lse, logits.logsumexp(0), 2e-6, "col groups")
     g = (logits - logits.logsumexp(1)[:, None]).exp() + (logits - logits.logsumexp(0)).exp()
     ones = torch.ones(85), torch.ones(70), torch.empty(0)
-    dx, dy, _ = kernel.backward(*ones, x, y, torch.tensor(s), row_lse, col_lse, -1, True, True, False)
+    dx, dy, _ = kernel.backward(*ones, x, y, torch.tensor(s), row_lse, col_lse, -1, *none, True, True, False)
     check(dx, s * g @ y.double(), limit, "dx stripes")
     check(dy, s * g.T @ x.double(), limit, "dy stripes")
 
 # a NaN row stays in its row and in the columns, and an infinite norm ends
 x[3, 0] = float("nan")
-row_lse, _ = kernel.forward(x, y, torch.tensor(5.0), True)
+row_lse, _ = kernel.forward(x, y, torch.tensor(5.0), True, -1, *none)
 assert row_lse.isnan().nonzero().flatten().tolist() == [3]
 
 # through the public op, autograd included
@@ -79,6 +80,35 @@ s = c * a @ b.T
 (s.logsumexp(1).sum() + 2 * s.logsumexp(0).sum()).backward()
 for got, want in ((x.grad, a.grad), (y.grad, b.grad), (scale.grad, c.grad)):
     check(got, want, 2e-6, "op")
+
+# pairs of one group left out, with and without positives, a row with nothing left, by both shifts
+for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
+    for s, diagonal in ((9.0, -1), (9.0, 2), (1e4, 2)):
+        x, y = (F.normalize(torch.randn(k, 12), dim=1).to(dtype) for k in (20, 37))
+        ids = torch.randint(-1, 4, (20,)), torch.randint(-1, 4, (37,))
+        if diagonal < 0:
+            ids[0][4], ids[1][:] = 3, 3
+        mask = (ids[0][:, None] == ids[1]) & (ids[0] >= 0)[:, None]
+        if diagonal >= 0:
+            mask.diagonal(diagonal).fill_(False)
+        logits = (s * x.double() @ y.double().T).masked_fill(mask, -torch.inf)
+        rows, cols = logits.logsumexp(1), logits.logsumexp(0)
+        row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True, diagonal, *ids)
+        assert torch.equal(row_lse.isinf(), rows.isinf())
+        check(row_lse[rows.isfinite()], rows[rows.isfinite()], 2e-6, "masked rows")
+        check(col_lse[cols.isfinite()], cols[cols.isfinite()], 2e-6, "masked columns")
+        g_row, g_col = torch.randn(20) / 20, torch.randn(37) / 37
+        g_pos = -torch.rand(20) if diagonal >= 0 else torch.empty(0)
+        g = g_row[:, None].double() * (logits - rows[:, None]).exp() + g_col.double() * (logits - cols).exp()
+        g = g.masked_fill(mask, 0.0)
+        if diagonal >= 0:
+            g.diagonal(diagonal).add_(g_pos)
+        dx, dy, dscale = kernel.backward(
+            g_row, g_col, g_pos, x, y, torch.tensor(s), rows.float(), cols.float(), diagonal, *ids,
+            True, True, True)
+        bound = max(limit, 6e-4) if s == 1e4 else limit
+        check(dx, s * g @ y.double(), bound, "masked dx")
+        check(dy, s * g.T @ x.double(), bound, "masked dy")
 print("interpreted: ok")
 """
 
@@ -94,20 +124,24 @@ KERNELS = {
 }
 
 
-def compiled_for(name: str, target: str) -> Any:
+def compiled_for(name: str, target: str, groups: bool = False) -> Any:
     config = target_config(target)
+    if name == "online":
+        config = kernel.online_config(config)
     constants = {
-        "COLUMNS": True, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
+        "COLUMNS": True, "GROUPS": groups, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     pointers = {"x_ptr": "bf16", "y_ptr": "bf16", "stripe_ptr": "bf16", "flag_ptr": "i32"}
+    pointers |= {"x_code_ptr": "i32", "y_code_ptr": "i32"}
     return cross_compile(KERNELS[name], target, constants, pointers, config)
 
 
+@pytest.mark.parametrize("groups", [False, True], ids=["all", "groups"])
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_and_fits(name: str, target: str, tmp_path: Path) -> None:
-    assert_fits(compiled_for(name, target), target, tmp_path)
+def test_compiles_and_fits(name: str, target: str, groups: bool, tmp_path: Path) -> None:
+    assert_fits(compiled_for(name, target, groups), target, tmp_path)
 
 
 def test_offsets_are_64_bit() -> None:

@@ -52,3 +52,34 @@ def scale_tensor(scale: Tensor | float, like: Tensor, name: str) -> Tensor:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: scale must be a number or a 1-element tensor, got {type(scale).__name__}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)
+
+
+def check_groups(
+    x_groups: Tensor | None, y_groups: Tensor | None, x: Tensor, y: Tensor, name: str
+) -> tuple[Tensor, Tensor]:
+    """Returns the group ids as contiguous int64 (M,) and (N,), two empty tensors where there are none.
+
+    Raises:
+        TypeError, ValueError: one of the two is missing, they are not integers, or they do not fit x and y.
+    """
+    if x_groups is None and y_groups is None:
+        none = torch.empty(0, dtype=torch.int64, device=x.device)
+        return none, none.clone()
+    if x_groups is None or y_groups is None:
+        raise ValueError(f"{name}: groups are needed for the rows of x and of y, got only one of the two")
+    for label, ids, rows in (("x_groups", x_groups, x), ("y_groups", y_groups, y)):
+        if (
+            not isinstance(ids, Tensor)
+            or ids.is_floating_point()
+            or ids.is_complex()
+            or ids.dtype == torch.bool
+        ):
+            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"{name}: {label} must be an integer tensor, got {kind}")
+        if ids.shape != rows.shape[:1]:
+            raise ValueError(
+                f"{name}: {label} must hold one id for each of {rows.shape[0]} rows, got {tuple(ids.shape)}"
+            )
+        if ids.device != rows.device:
+            raise ValueError(f"{name}: {label} must be on {rows.device}, got {ids.device}")
+    return x_groups.to(torch.int64).contiguous(), y_groups.to(torch.int64).contiguous()

@@ -39,3 +39,22 @@ def gradient_unit(*gradients: Tensor) -> Tensor:
     """
     unit = torch.stack([g.abs().amax() for g in gradients if g.numel()]).amax()
     return torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
+
+
+def left_out(x_groups: Tensor, y_groups: Tensor, start: int, stop: int, diagonal: int) -> Tensor | None:
+    """Which pairs of rows [start, stop) with all columns share a group and are not a row's own positive.
+
+    Args:
+        x_groups, y_groups: (M,) and (N,) int64, or both empty.
+        diagonal: column of row 0's positive, -1 for none.
+
+    Returns:
+        (stop - start, N) bool, or None where there are no groups.
+    """
+    if not x_groups.numel():
+        return None
+    mine = x_groups[start:stop, None]
+    mask = (mine == y_groups) & (mine >= 0)
+    if diagonal >= 0:
+        mask.diagonal(diagonal + start).fill_(False)
+    return mask

@@ -80,6 +80,36 @@ def finite(value):
     return tl.where(value - value == 0.0, value, 0.0)
 
 
+@triton.jit
+def counted(
+    x_code_ptr,  # (M,) i32
+    y_code_ptr,  # (N,) i32
+    offs_m,  # (BLOCK_M,) int64
+    offs_n,  # (BLOCK_N,) int64
+    diagonal,
+    M,
+    N,
+):
+    # pairs of one group are left out, except a row's own positive
+    mine = tl.load(x_code_ptr + offs_m, mask=offs_m < M, other=-1)[:, None]
+    others = tl.load(y_code_ptr + offs_n, mask=offs_n < N, other=-2)[None, :]
+    # columns fit 32 bits, and two-dimensional 64-bit numbers would not fit the registers
+    own = tl.where(diagonal >= 0, offs_m + diagonal, -1).to(tl.int32)[:, None]
+    return (mine != others) | (own == offs_n.to(tl.int32)[None, :])
+
+
+def group_codes(x_groups: Tensor, y_groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Int64 group ids as int32 codes, equal where the ids are; negative ids equal nothing. No host sync."""
+    if not x_groups.numel():
+        return x_groups.to(torch.int32), y_groups.to(torch.int32)
+    known = x_groups.sort().values
+    x_code = torch.searchsorted(known, x_groups)
+    y_code = torch.searchsorted(known, y_groups).clamp_max(known.numel() - 1)
+    x_code = torch.where(x_groups < 0, -1, x_code)
+    y_code = torch.where((y_groups < 0) | (known[y_code] != y_groups), -2, y_code)
+    return x_code.to(torch.int32), y_code.to(torch.int32)
+
+
 def config_for(x: Tensor) -> Config:
     """Returns the tile for the device and dtype of x."""
     if _env.triton_interpreted():

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator
-from ..stripes import gradient_unit, matmul, stripe_rows, widen
+from ..stripes import gradient_unit, left_out, matmul, stripe_rows, widen
 
 
-def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
-    """Returns row_lse (M,) and col_lse (N,) or (0,), fp32 (fp64 for fp64). x (M, D), y (N, D), scale ()."""
+def forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    columns: bool,
+    diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Returns row_lse (M,) and col_lse (N,) or (0,), fp32 (fp64 for fp64).
+
+    x (M, D), y (N, D), scale (); groups (M,) and (N,) or empty: equal ones are left out but for `diagonal`.
+    """
     x, y = widen(x), widen(y)
     wide = accumulator(x.dtype)
     row_lse = x.new_empty(x.shape[0], dtype=wide)
@@ -23,6 +34,9 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor,
     for start in range(0, x.shape[0], step):
         stop = min(start + step, x.shape[0])
         logits = matmul(x[start:stop], y.T).mul_(scale)
+        mask = left_out(x_groups, y_groups, start, stop, diagonal)
+        if mask is not None:
+            logits.masked_fill_(mask, -torch.inf)
         row_lse[start:stop] = torch.logsumexp(logits, dim=1)
         if columns:
             col_lse = torch.logaddexp(col_lse, torch.logsumexp(logits, dim=0))
@@ -39,6 +53,8 @@ def backward(
     row_lse: Tensor,
     col_lse: Tensor,
     diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -64,6 +80,9 @@ def backward(
         weights = (logits - row_lse[start:stop, None]).exp_().mul_((g_row[start:stop] / unit)[:, None])
         if g_col.numel():
             weights += (logits - col_lse).exp_().mul_(g_col / unit)
+        mask = left_out(x_groups, y_groups, start, stop, diagonal)
+        if mask is not None:
+            weights.masked_fill_(mask, 0.0)
         if g_pos.numel():
             weights.diagonal(diagonal + start).add_(g_pos[start:stop] / unit)
         if need_scale:

@@ -15,6 +15,8 @@ Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,16 @@ from torch import Tensor
 
 from .. import native
 from ..stripes import gradient_unit, matmul
-from ..triton_tiles import Config, config_for, dots_tile, finite, precision, static_shift
+from ..triton_tiles import (
+    Config,
+    config_for,
+    counted,
+    dots_tile,
+    finite,
+    group_codes,
+    precision,
+    static_shift,
+)
 
 # log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
 _LOWEST_SUM = -59.8
@@ -31,7 +42,7 @@ _SIDE = 64
 _STRIPE_BYTES = 256 * 2**20
 
 
-@triton.jit(do_not_specialize=["M", "group_m", "group_n"])
+@triton.jit(do_not_specialize=["M", "group_m", "group_n", "diagonal"])
 def similarity_lse_fwd_kernel_sums(
     x_ptr,  # (M, D)
     y_ptr,  # (N, D)
@@ -39,12 +50,16 @@ def similarity_lse_fwd_kernel_sums(
     shift_ptr,  # () f32
     row_slab_ptr,  # (programs along n, M) f32, zeros
     col_slab_ptr,  # (programs along m, N) f32, zeros
+    x_code_ptr,  # (M,) i32, groups
+    y_code_ptr,  # (N,) i32
+    diagonal,
     M,
     N,
     D,
     group_m,
     group_n,
     COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,7 +76,10 @@ def similarity_lse_fwd_kernel_sums(
             offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
             acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             e = tl.exp(acc * scale - shift)
-            e = tl.where((offs_m[:, None] < M) & (offs_n[None, :] < N), e, 0.0)
+            inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+            if GROUPS:
+                inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
+            e = tl.where(inside, e, 0.0)
             row_sum += tl.sum(e, axis=1)
             if COLUMNS:
                 p_col = col_slab_ptr + i_m * N + offs_n
@@ -72,7 +90,7 @@ def similarity_lse_fwd_kernel_sums(
         tl.store(row_slab_ptr + i_n * M + offs_m, row_sum, mask=offs_m < M)
 
 
-@triton.jit(do_not_specialize=["M", "group_m", "group_n"])
+@triton.jit(do_not_specialize=["M", "group_m", "group_n", "diagonal"])
 def similarity_lse_fwd_kernel_online(
     x_ptr,  # (M, D)
     y_ptr,  # (N, D)
@@ -82,12 +100,16 @@ def similarity_lse_fwd_kernel_online(
     row_slab_ptr,  # (programs along n, M) f32, sums relative to row_max
     col_max_ptr,  # (programs along m, N) f32, -inf
     col_slab_ptr,  # (programs along m, N) f32, zeros
+    x_code_ptr,  # (M,) i32, groups
+    y_code_ptr,  # (N,) i32
+    diagonal,
     M,
     N,
     D,
     group_m,
     group_n,
     COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,6 +127,8 @@ def similarity_lse_fwd_kernel_online(
                 offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
                 acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
                 inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+                if GROUPS:
+                    inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
                 logits = tl.where(inside, acc * scale, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(logits, axis=1))
                 e = tl.where(inside, tl.exp(logits - finite(new_max)[:, None]), 0.0)
@@ -142,6 +166,8 @@ def similarity_lse_bwd_kernel_stripe(
     g_pos_ptr,  # (M,) f32
     row_lse_ptr,  # (M,) f32
     col_lse_ptr,  # (N,) f32
+    x_code_ptr,  # (M,) i32, groups
+    y_code_ptr,  # (N,) i32
     stripe_ptr,  # (stop - start, N), dtype of x: G
     dscale_ptr,  # (all tiles of all stripes,) f32: partial sums of G·dot
     first_tile,
@@ -152,6 +178,7 @@ def similarity_lse_bwd_kernel_stripe(
     N,
     D,
     COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     POSITIVES: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -182,16 +209,24 @@ def similarity_lse_bwd_kernel_stripe(
             col_lse = tl.load(col_lse_ptr + offs_n, mask=in_n, other=0.0)
             g_col = tl.load(g_col_ptr + offs_n, mask=in_n, other=0.0)
             g += tl.exp(logits - col_lse[None, :]) * g_col[None, :]
+    if GROUPS:
+        g = tl.where(counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N), g, 0.0)
     if POSITIVES:
         # before rounding: near convergence p - 1 cancels
         g_pos = tl.load(g_pos_ptr + offs_m, mask=in_m, other=0.0)
-        g += tl.where(offs_n[None, :] == offs_m[:, None] + diagonal, g_pos[:, None], 0.0)
+        own = (offs_m + diagonal).to(tl.int32)[:, None] == offs_n.to(tl.int32)[None, :]
+        g += tl.where(own, g_pos[:, None], 0.0)
     inside = in_m[:, None] & in_n[None, :]
     if SCALE:
         total = tl.sum(tl.sum(tl.where(inside, g * dots, 0.0), axis=1), axis=0)
         tl.store(dscale_ptr + first_tile + i_m * tl.num_programs(0) + i_n, total)
     p_stripe = stripe_ptr + local_m[:, None] * N + offs_n[None, :]
     tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
+
+
+def online_config(config: Config) -> Config:
+    """Running maxima need more registers than plain sums; half as many columns leave room for them."""
+    return replace(config, block_n=max(16, config.block_n // 2))
 
 
 def _tiles(x: Tensor, y: Tensor, config: Config) -> tuple[int, int, int, int]:
@@ -217,13 +252,23 @@ def _merge_online(largest: Tensor, slabs: Tensor) -> Tensor:
     return torch.where(slabs == 0, slabs, slabs * (below - top).exp()).sum(0).log() + top
 
 
-def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    columns: bool,
+    diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Returns row_lse (M,) and col_lse (N,) or (0,), fp32.
 
-    x (M, D) and y (N, D): contiguous, one dtype of fp32, bf16, fp16; scale () fp32 on the device.
+    x (M, D) and y (N, D): contiguous, one dtype of fp32, bf16, fp16; scale () fp32 on the device; groups (M,)
+    and (N,) int64 or empty: pairs of equal ones are left out, except (i, diagonal + i).
     """
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
     config = config_for(x)
+    grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
     programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
     shift, flag = static_shift(x, y, scale)
     flag = flag.reshape(1)
@@ -233,16 +278,21 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, columns: bool) -> tuple[Tensor,
     rows = x.new_zeros(programs_n, m, dtype=torch.float32)
     cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
     similarity_lse_fwd_kernel_sums[grid](
-        x, y, scale, shift, rows, cols, m, n, d, group_m, group_n,
-        COLUMNS=columns, PRECISION=precision(x), **blocks, **options,
+        x, y, scale, shift, rows, cols, *codes, diagonal, m, n, d, group_m, group_n,
+        COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     row_lse = _lse_of_slabs(rows, shift, flag)
     col_lse = _lse_of_slabs(cols, shift, flag) if columns else cols.new_empty(0)
-    row_max, online_rows = torch.full_like(rows, -torch.inf), torch.zeros_like(rows)
-    col_max, online_cols = torch.full_like(cols, -torch.inf), torch.zeros_like(cols)
-    similarity_lse_fwd_kernel_online[grid](
-        x, y, scale, flag, row_max, online_rows, col_max, online_cols, m, n, d, group_m, group_n,
-        COLUMNS=columns, PRECISION=precision(x), **blocks, **options,
+    config = online_config(config)
+    programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
+    blocks["BLOCK_N"] = config.block_n
+    online_rows = x.new_zeros(programs_n, m, dtype=torch.float32)
+    online_cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
+    row_max, col_max = torch.full_like(online_rows, -torch.inf), torch.full_like(online_cols, -torch.inf)
+    similarity_lse_fwd_kernel_online[(programs_n, programs_m)](
+        x, y, scale, flag, row_max, online_rows, col_max, online_cols, *codes, diagonal,
+        m, n, d, group_m, group_n,
+        COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     raised = flag != 0
     row_lse = torch.where(raised, _merge_online(row_max, online_rows), row_lse)
@@ -261,6 +311,8 @@ def backward(
     row_lse: Tensor,
     col_lse: Tensor,
     diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -268,6 +320,7 @@ def backward(
     """Returns dx (M, D), dy (N, D) and dscale, fp32, empty where not needed; arguments as in `chunked`."""
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
     config = config_for(x)
+    grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
     columns, positives = g_col.numel() > 0, g_pos.numel() > 0
     unit = gradient_unit(g_row, g_col, g_pos)
     g_row, g_col, g_pos = g_row / unit, g_col / unit, g_pos / unit
@@ -293,8 +346,8 @@ def backward(
         grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
         similarity_lse_bwd_kernel_stripe[grid](
             x, y, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
-            stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
-            COLUMNS=columns, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
+            *codes, stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
+            COLUMNS=columns, GROUPS=grouped, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

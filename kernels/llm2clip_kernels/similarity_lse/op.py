@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import accumulator, check_pair, scale_tensor
+from ..checks import accumulator, check_groups, check_pair, scale_tensor
 from . import chunked
 
 Directions = Literal["both", "rows"]
@@ -39,7 +39,14 @@ def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tens
 
 @torch.library.custom_op("llm2clip_kernels::similarity_lse", mutates_args=())
 def _forward(
-    x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    columns: bool,
+    diagonal: int,
+    cached: bool,
+    x_groups: Tensor,
+    y_groups: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
     wide = accumulator(x.dtype)
@@ -47,15 +54,23 @@ def _forward(
     if chosen == "native":
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         outputs = torch.ops.llm2clip_native.similarity_lse_forward(
-            x.float(), y.float(), scale.detach().item(), columns, diagonal, cached, _CPU_TILE
+            x.float(),
+            y.float(),
+            scale.detach().item(),
+            columns,
+            diagonal,
+            cached,
+            x_groups,
+            y_groups,
+            _CPU_TILE,
         )
         return outputs
     if chosen == "triton":
         from . import kernel
 
-        row, col = kernel.forward(x, y, scale, columns)
+        row, col = kernel.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
     else:
-        row, col = chunked.forward(x, y, scale, columns)
+        row, col = chunked.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
     pos = x.new_empty(0, dtype=wide) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
     low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=wide)
     return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=wide)
@@ -63,7 +78,14 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, y: Tensor, scale: Tensor, columns: bool, diagonal: int, cached: bool
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    columns: bool,
+    diagonal: int,
+    cached: bool,
+    x_groups: Tensor,
+    y_groups: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
     dtype = accumulator(x.dtype)
@@ -89,6 +111,8 @@ def _backward(
     low: Tensor,
     cache: Tensor,
     diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -99,7 +123,7 @@ def _backward(
     if chosen == "native":
         dx, dy, dscale = torch.ops.llm2clip_native.similarity_lse_backward(
             g_row, g_col, g_pos, x.float(), y.float(), scale.detach().item(), row_lse, col_lse, low, cache,
-            diagonal, need_x, need_y, need_scale, _CPU_TILE,
+            diagonal, x_groups, y_groups, need_x, need_y, need_scale, _CPU_TILE,
         )  # fmt: skip
     else:
         implementation: Any = chunked
@@ -108,8 +132,9 @@ def _backward(
 
             implementation = kernel
         dx, dy, dscale = implementation.backward(
-            g_row, g_col, g_pos, x, y, scale, row_lse, col_lse, diagonal, need_x, need_y, need_scale
-        )
+            g_row, g_col, g_pos, x, y, scale, row_lse, col_lse,
+            diagonal, x_groups, y_groups, need_x, need_y, need_scale,
+        )  # fmt: skip
     dscale = dscale.reshape(()).to(scale.dtype) if need_scale else scale.new_zeros(())
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
@@ -127,6 +152,8 @@ def _(
     low: Tensor,
     cache: Tensor,
     diagonal: int,
+    x_groups: Tensor,
+    y_groups: Tensor,
     need_x: bool,
     need_y: bool,
     need_scale: bool,
@@ -139,9 +166,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, ctx.columns, ctx.diagonal, _ = inputs
+    x, y, scale, ctx.columns, ctx.diagonal, _, x_groups, y_groups = inputs
     row_lse, col_lse, _, low, cache = output
-    ctx.save_for_backward(x, y, scale, row_lse, col_lse, low, cache)
+    ctx.save_for_backward(x, y, scale, row_lse, col_lse, low, cache, x_groups, y_groups)
     # otherwise autograd would make M·N zeros for the gradient of the cache
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(low, cache)
@@ -149,11 +176,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(
     ctx: Any, g_row: Tensor | None, g_col: Tensor | None, g_pos: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-    x, y, scale, row_lse, col_lse, low, cache = ctx.saved_tensors
+) -> tuple[Tensor | None, ...]:
+    x, y, scale, row_lse, col_lse, low, cache, x_groups, y_groups = ctx.saved_tensors
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     if g_row is None and g_col is None and g_pos is None:
-        return None, None, None, None, None, None
+        return (None,) * 8
     none = row_lse.new_empty(0)
     dx, dy, dscale = torch.ops.llm2clip_kernels.similarity_lse_backward(
         row_lse.new_zeros(row_lse.shape) if g_row is None else g_row,
@@ -161,9 +188,10 @@ def _autograd(
         none if g_pos is None or ctx.diagonal < 0 else g_pos,
         x, y, scale, row_lse,
         none if g_col is None else col_lse,
-        low, cache, ctx.diagonal, need_x, need_y, need_scale,
+        low, cache, ctx.diagonal, x_groups, y_groups, need_x, need_y, need_scale,
     )  # fmt: skip
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
+    needed = [g if need else None for g, need in ((dx, need_x), (dy, need_y), (dscale, need_scale))]
+    return (*needed, None, None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -188,6 +216,8 @@ def similarity_lse_with_positives(
     directions: Directions = "both",
     diagonal: int = NO_DIAGONAL,
     method: Method = "auto",
+    x_groups: Tensor | None = None,
+    y_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """`similarity_lse`, and the logits of the pairs (i, diagonal + i) from the same backward pass.
 
@@ -198,6 +228,9 @@ def similarity_lse_with_positives(
         directions: "both", or "rows" to leave the columns out.
         diagonal: column of row 0's positive, 0 <= diagonal <= N - M; -1 for none.
         method: as in `similarity_lse`.
+        x_groups, y_groups: (M,) and (N,) integer ids, or both None. Pairs of equal ids are left out of both
+            log-sum-exps, except the pairs (i, diagonal + i); a negative id equals nothing. Where nothing is
+            left the log-sum-exp is -inf and the gradient zero.
 
     Returns:
         row_lse (M,); col_lse (N,) or None; positive logits (M,) or None; and what rounding took from these
@@ -212,7 +245,10 @@ def similarity_lse_with_positives(
         )
     factor = scale_tensor(scale, x, "similarity_lse")
     columns = directions == "both"
-    row, col, pos, low, _ = _forward(x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor))
+    groups = check_groups(x_groups, y_groups, x, y, "similarity_lse")
+    row, col, pos, low, _ = _forward(
+        x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor), *groups
+    )
     return row, col if columns else None, pos if diagonal >= 0 else None, low
 
 
