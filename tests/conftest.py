@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 
-import numpy as np
-import pytest
-import torch
+# tests use small shapes and mean the kernels; processes they start inherit this
+os.environ.setdefault("LLM2CLIP_SMALL_PAIRS", "0")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -79,6 +79,23 @@ def test_scales(scale: float, method: str) -> None:
     assert_as_good_as_torch(x, y, scale, method=method)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_small_batches_in_plain_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the limit the op is not called at all, over it it is; the results are the same."""
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 9 * 12)
+    x, y = features(9, 16, dtype), features(12, 16, dtype)
+    assert_as_good_as_torch(x, y, 20.0)
+    want = similarity_lse(x, y, 20.0, method="recompute")
+    called: list[int] = []
+    real = op_module._forward
+    monkeypatch.setattr(op_module, "_forward", lambda *a: (called.append(1), real(*a))[1])
+    got = similarity_lse(x, y, 20.0)
+    assert not called and all(torch.allclose(g, w, atol=1e-5) for g, w in zip(got, want, strict=True))
+    similarity_lse(x, features(13, 16, dtype), 20.0)
+    similarity_lse(x, y, 20.0, method="recompute")
+    assert len(called) == 2
+
+
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()

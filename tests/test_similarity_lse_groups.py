@@ -40,7 +40,7 @@ def plain(x: Tensor, y: Tensor, scale: Tensor, groups: tuple[Tensor, Tensor], di
 
 @pytest.mark.parametrize("diagonal", [-1, 0, 5])
 @pytest.mark.parametrize("scale", [0.0, 20.0, 1e4])
-@pytest.mark.parametrize("kind", ["recompute", "cached", "chunked"])
+@pytest.mark.parametrize("kind", ["recompute", "cached", "chunked", "plain"])
 @pytest.mark.parametrize("shape", [(1, 6, 3), (70, 75, 20), (130, 1100, 12)], ids=str)
 def test_equals_the_masked_matrix(
     shape: tuple[int, int, int], kind: str, scale: float, diagonal: int, monkeypatch: pytest.MonkeyPatch
@@ -48,7 +48,8 @@ def test_equals_the_masked_matrix(
     m, n, d = shape
     if kind == "chunked":
         monkeypatch.setattr(op_module.backend, "choose", lambda *_: "chunked")
-    method: Any = "recompute" if kind == "chunked" else kind
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 2**30 if kind == "plain" else 0)
+    method: Any = {"chunked": "recompute", "plain": "auto"}.get(kind, kind)
 
     def ours(x: Tensor, y: Tensor, factor: Tensor, groups: tuple[Tensor, Tensor], diagonal: int) -> Any:
         return similarity_lse_with_positives(
@@ -69,9 +70,10 @@ def test_equals_the_masked_matrix(
         assert (g - w).norm() <= limit, (name, (g - w).norm(), limit)
 
 
-@pytest.mark.parametrize("method", ["recompute", "cached"])
-def test_a_row_with_nothing_left(method: Any) -> None:
+@pytest.mark.parametrize("method", ["recompute", "cached", "auto"])
+def test_a_row_with_nothing_left(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log-sum-exp is -inf, it gets no gradient, and it harms nobody."""
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 2**30)
     x, y = features(5, 4).requires_grad_(), features(6, 4)
     y_groups = torch.full((6,), 3)
     row, col, _, _ = similarity_lse_with_positives(

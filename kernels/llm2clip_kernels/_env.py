@@ -6,6 +6,7 @@
 | `LLM2CLIP_REQUIRE_NATIVE` | `1` | a native library that is missing or does not load is an error |
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
+| `LLM2CLIP_SMALL_PAIRS` | integer, default 16384 | up to so many pairs, plain torch: launching a kernel costs more |
 | `TRITON_INTERPRET` | `1` | Triton's own: kernels run in its interpreter, on CPU tensors too |
 """
 
@@ -40,13 +41,22 @@ def forced_backend() -> str:
     return name
 
 
+def _whole_number(name: str, default: int, unit: str) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} is {text!r}; expected a whole number{unit}, 0 or more")
+    return number
+
+
 def cache_budget_bytes() -> int:
     """Returns how many bytes of cached exponentials `method="auto"` may keep for the backward pass."""
-    text = os.environ.get("LLM2CLIP_CACHE_MIB", "256")
-    try:
-        budget = int(text)
-    except ValueError:
-        budget = -1
-    if budget < 0:
-        raise ValueError(f"LLM2CLIP_CACHE_MIB is {text!r}; expected a whole number of MiB, 0 or more")
-    return budget * 2**20
+    return _whole_number("LLM2CLIP_CACHE_MIB", 256, " of MiB") * 2**20
+
+
+def small_pairs() -> int:
+    """Returns up to how many pairs M·N `method="auto"` leaves to plain torch; 0 where a backend is forced."""
+    return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 128 * 128, " of pairs")

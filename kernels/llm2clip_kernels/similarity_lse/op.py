@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _env, backend
 from ..checks import accumulator, check_groups, check_pair, scale_tensor
-from . import chunked
+from . import chunked, plain
 
 Directions = Literal["both", "rows"]
 Method = Literal["auto", "recompute", "cached"]
@@ -28,6 +28,7 @@ Method = Literal["auto", "recompute", "cached"]
 _CPU_TILE = 1024
 # read once: torch.compile must not trace into the environment
 _CACHE_BUDGET = _env.cache_budget_bytes()
+_SMALL_PAIRS = _env.small_pairs()
 NO_DIAGONAL = -1
 
 
@@ -246,6 +247,8 @@ def similarity_lse_with_positives(
     factor = scale_tensor(scale, x, "similarity_lse")
     columns = directions == "both"
     groups = check_groups(x_groups, y_groups, x, y, "similarity_lse")
+    if method == "auto" and x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
+        return plain.forward(x, y, factor, columns, diagonal, *groups)
     row, col, pos, low, _ = _forward(
         x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor), *groups
     )
@@ -280,7 +283,8 @@ def similarity_lse(
             or 1-element tensor, which then gets a gradient.
         directions: "both", or "rows" for the first result alone at the same cost less the column sums.
         method: "recompute" (4 matmuls, bounded workspace), "cached" (3 matmuls, exponentials kept for the
-            backward; CPU kernel only, elsewhere as "recompute"), "auto" (cached under LLM2CLIP_CACHE_MIB).
+            backward), "auto" (cached under LLM2CLIP_CACHE_MIB; plain torch up to LLM2CLIP_SMALL_PAIRS pairs,
+            where launching kernels costs more than the matrix).
 
     Returns:
         row_lse (M,) and col_lse (N,), fp32 (fp64 for fp64 inputs); col_lse is None for directions="rows".
