@@ -96,6 +96,23 @@ def test_small_batches_in_plain_torch(dtype: torch.dtype, monkeypatch: pytest.Mo
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("kind", ["native", "chunked", "plain"])
+def test_autocast_takes_no_bits_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 2**30 if kind == "plain" else 0)
+    if kind == "chunked":
+        monkeypatch.setattr(op_module.backend, "choose", lambda *_: "chunked")
+    weights = torch.randn(20, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    x, y = features(20, 8), features(30, 8)
+    want = run(similarity_lse, x, y, 20.0, weights)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def under_autocast(*args: Any) -> Any:
+        return similarity_lse(*args)
+
+    got = run(under_autocast, x, y, 20.0, weights)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()

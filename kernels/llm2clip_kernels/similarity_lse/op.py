@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import accumulator, check_groups, check_pair, scale_tensor
+from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
 from . import chunked, plain
 
 Directions = Literal["both", "rows"]
@@ -71,7 +71,9 @@ def _forward(
 
         row, col = kernel.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
     else:
-        row, col = chunked.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
+        # the custom op runs under its caller's autocast
+        with full_precision(x.device):
+            row, col = chunked.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
     pos = x.new_empty(0, dtype=wide) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
     low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=wide)
     return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=wide)
@@ -132,10 +134,11 @@ def _backward(
             from . import kernel
 
             implementation = kernel
-        dx, dy, dscale = implementation.backward(
-            g_row, g_col, g_pos, x, y, scale, row_lse, col_lse,
-            diagonal, x_groups, y_groups, need_x, need_y, need_scale,
-        )  # fmt: skip
+        with full_precision(x.device):
+            dx, dy, dscale = implementation.backward(
+                g_row, g_col, g_pos, x, y, scale, row_lse, col_lse,
+                diagonal, x_groups, y_groups, need_x, need_y, need_scale,
+            )  # fmt: skip
     dscale = dscale.reshape(()).to(scale.dtype) if need_scale else scale.new_zeros(())
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
@@ -237,6 +240,8 @@ def similarity_lse_with_positives(
         row_lse (M,); col_lse (N,) or None; positive logits (M,) or None; and what rounding took from these
         three, one after the other: add it after subtracting them from each other. fp32 (fp64 for fp64).
     """
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        x, y = autocast_inputs(x, y)
     check_pair(x, y, "similarity_lse")
     if directions not in ("both", "rows"):
         raise ValueError(f"directions must be 'both' or 'rows', got {directions!r}")
@@ -248,7 +253,8 @@ def similarity_lse_with_positives(
     columns = directions == "both"
     groups = check_groups(x_groups, y_groups, x, y, "similarity_lse")
     if method == "auto" and x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
-        return plain.forward(x, y, factor, columns, diagonal, *groups)
+        with full_precision(x.device):
+            return plain.forward(x, y, factor, columns, diagonal, *groups)
     row, col, pos, low, _ = _forward(
         x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor), *groups
     )
