@@ -67,27 +67,56 @@ class _GatherRows(torch.autograd.Function):
         return _sum_and_scatter(wide, ctx.counts, ctx.group).to(ctx.dtype), None, None
 
 
+def widen_lse(lse: Tensor, low: Tensor) -> Tensor:
+    """Log-sum-exps and what rounding took from them, in fp64; an infinite one has nothing to add."""
+    return lse.double() + torch.where(lse.isfinite(), low, torch.zeros_like(low)).double()
+
+
+def round_lse(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp64 log-sum-exps rounded to `dtype`, and what that took."""
+    lse = wide.to(dtype)
+    return lse, torch.where(lse.isfinite(), wide - lse, torch.zeros_like(wide)).to(dtype)
+
+
 class _MergeColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, counts: list[int], group: Group) -> Tensor:
-        largest = partial.clone()
+    def forward(
+        ctx: Any, partial: Tensor, low: Tensor, counts: list[int], group: Group
+    ) -> tuple[Tensor, Tensor]:
+        wide = widen_lse(partial, low)
+        largest = wide.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         # an infinite maximum cannot be subtracted
         shift = torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
-        total = (partial - shift).exp()
+        total = (wide - shift).exp()
         dist.all_reduce(total, group=group)
         merged = total.log() + shift
         ctx.counts, ctx.group = counts, group
-        ctx.save_for_backward(partial, merged)
+        # the share of this rank, in fp64: at large scales a difference of fp32 log-sum-exps has no digits left
+        share = torch.where(wide == -torch.inf, torch.zeros_like(wide), (wide - merged).exp())
+        ctx.save_for_backward(share.to(partial.dtype))
         rank = dist.get_rank(group)
         start = sum(counts[:rank])
-        return merged[start : start + counts[rank]].clone()
+        column, column_low = round_lse(merged[start : start + counts[rank]], partial.dtype)
+        ctx.mark_non_differentiable(column_low)
+        return column, column_low
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (share,) = ctx.saved_tensors
+        # the owner of a column knows its gradient, every rank holds a share of its sum
+        return _gather(grads[0], ctx.counts, ctx.group) * share, None, None, None
+
+
+class _SumAndScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, counts: list[int], group: Group) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return _sum_and_scatter(partial, counts, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        partial, merged = ctx.saved_tensors
-        # the owner of a column knows its gradient, every rank holds a share of its sum
-        return _gather(grads[0], ctx.counts, ctx.group) * (partial - merged).exp(), None, None
+        return _gather(grads[0], ctx.counts, ctx.group), None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -119,13 +148,13 @@ class _ReportSum(torch.autograd.Function):
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
         ctx.factor = factor
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
+        return (grads[0] * ctx.factor).to(grads[0].dtype), None
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Group) -> Tensor:
@@ -134,20 +163,27 @@ def gather_rows(rows: Tensor, counts: list[int], group: Group) -> Tensor:
     return gathered
 
 
-def merge_columns(partial: Tensor, counts: list[int], group: Group) -> Tensor:
-    """Column log-sum-exps over all ranks' rows.
+def merge_columns(partial: Tensor, low: Tensor, counts: list[int], group: Group) -> tuple[Tensor, Tensor]:
+    """Column log-sum-exps over all ranks' rows, merged in fp64.
 
     Args:
         partial: (N,) log-sum-exp of every column over this rank's rows.
+        low: (N,) what rounding took from `partial`; no gradient.
         counts: rows of every rank; column j belongs to the rank that holds row j.
         group: the process group.
 
     Returns:
-        (B_r,) complete log-sum-exps of this rank's own columns; backward multiplies by
-        exp(partial - complete).
+        (B_r,) complete log-sum-exps of this rank's own columns, and what rounding took from them; backward
+        multiplies by exp(partial - complete).
     """
-    merged: Tensor = _MergeColumns.apply(partial, counts, group)
+    merged: tuple[Tensor, Tensor] = _MergeColumns.apply(partial, low, counts, group)
     return merged
+
+
+def sum_and_scatter(partial: Tensor, counts: list[int], group: Group) -> Tensor:
+    """This rank's (B_r, ...) rows of the sum over ranks of `partial` (N, ...); the backward gathers."""
+    mine: Tensor = _SumAndScatter.apply(partial, counts, group)
+    return mine
 
 
 def sum_over_ranks(value: Tensor, group: Group) -> Tensor:
@@ -162,7 +198,7 @@ def report_sum(value: Tensor, group: Group) -> Tensor:
     return total
 
 
-def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """`value` itself; its gradient is multiplied by `factor`."""
+def scale_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
+    """`value` itself; its gradient is multiplied by `factor`, a number or a 0-dim tensor held constant."""
     scaled: Tensor = _ScaleGradient.apply(value, factor)
     return scaled

@@ -1,23 +1,53 @@
 """Symmetric InfoNCE over `similarity_lse`: everything here is O(N·D) algebra on top of it.
 
-With S = scale · x yᵀ, ε the label smoothing and N the number of pairs over all ranks:
+With S = scale · x yᵀ, ε the label smoothing, and T_i the target of row i, a distribution over the columns
+(its own pair; or spread evenly over its group):
 
-    loss_i = ½ [row_lse_i + col_lse_i] - (1-ε) S_ii - ε/(2N) [Σ_j S_ij + Σ_j S_ji]
+    row_i = row_lse_i - (1-ε) Σ_j T_ij S_ij - ε mean_j S_ij          loss_i = ½ (row_i + col_i)
 
-Over a process group only y travels (all-gather; its gradient comes back by one reduce-scatter): rank r owns
-the (B_r, N) block of S, whose rows are complete; all-reduces of N floats complete the column sums.
+and the same for the columns with the transpose of S. Masked pairs are in no sum and no mean.
 """
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from .. import distributed
-from ..checks import check_pair, scale_tensor
+from ..checks import check_groups, check_pair, scale_tensor
 from ..distributed import Group
-from ..similarity_lse.op import Method, similarity_lse_with_positives
-from .common import GradReduction, Reduction, check_options, reduce_terms, uses_group, zero_of
+from ..similarity_lse.op import Method
+from .common import (
+    GradReduction,
+    Reduction,
+    check_options,
+    check_weights,
+    reduce_terms,
+    transport_of,
+    zero_of,
+)
+from .statistics import Statistics, Transport, pair_statistics
+
+SameGroup = Literal["mask", "positive"]
+
+
+def _mean_logits(
+    x: Tensor, y: Tensor, scale: Tensor, known: Statistics, masked: bool, transport: Transport, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Mean logit of every row and of every column over all that is not masked; (M,), (N,)."""
+    wide_x, wide_y = x.to(known.row.dtype), y.to(known.row.dtype)
+    sum_x, sum_y = wide_x.sum(0), wide_y.sum(0)
+    if transport != "local":
+        sum_x, sum_y = distributed.sum_over_ranks(sum_x, group), distributed.sum_over_ranks(sum_y, group)
+    by_row, by_column = scale * (wide_x @ sum_y), scale * (wide_y @ sum_x)
+    if not masked:
+        return by_row / known.columns, by_column / known.rows
+    return (
+        (by_row - known.row_group) / (known.columns - known.row_size),
+        (by_column - known.col_group) / (known.rows - known.col_size),
+    )
 
 
 def symmetric_terms(
@@ -25,9 +55,12 @@ def symmetric_terms(
     y: Tensor,
     scale: Tensor | float,
     *,
+    groups: Tensor | None = None,
+    y_groups: Tensor | None = None,
+    same_group: SameGroup = "mask",
     label_smoothing: float = 0.0,
     group: Group = None,
-    distributed_: bool = False,
+    distributed_: bool | Literal["ring"] = False,
     method: Method = "auto",
 ) -> tuple[Tensor, int]:
     """Per-pair losses of this rank, and the number of pairs over all ranks.
@@ -35,41 +68,71 @@ def symmetric_terms(
     Args:
         x, y: (B, D), row i of x belongs to row i of y.
         scale: multiplier of the dot products.
-        label_smoothing: share of the target spread evenly over all N candidates.
+        groups, y_groups, same_group: as in `infonce_loss`.
+        label_smoothing: share of the target spread evenly over all candidates that are not masked.
         group: process group, used when `distributed_`; None is the default group.
-        distributed_: whether rows of other ranks are negatives too.
+        distributed_: whether rows of other ranks are negatives too, gathered (True) or in a "ring".
         method: as in `similarity_lse`.
 
     Returns:
         (B,) fp32 (fp64 for fp64) losses whose backward makes the gradient of the sum over all ranks; N.
     """
     factor = scale_tensor(scale, x, "infonce_loss")
-    if distributed_:
-        counts = distributed.row_counts(x.shape[0], group, x.device)
-        candidates = distributed.gather_rows(y, counts, group)
-        first = sum(counts[: dist.get_rank(group)])
-        total = sum(counts)
-    else:
-        candidates, first, total = y, 0, x.shape[0]
-    row, col, pos, low = similarity_lse_with_positives(x, candidates, factor, diagonal=first, method=method)
-    assert col is not None and pos is not None
-    if distributed_:
-        col = distributed.merge_columns(col, counts, group)
-    rows = x.shape[0]
+    transport: Transport = "ring" if distributed_ == "ring" else "gather" if distributed_ else "local"
+    masked = groups is not None and same_group == "mask"
+    spread = groups is not None and same_group == "positive"
+    known = pair_statistics(
+        x, y, factor, x_ids=groups, y_ids=groups if y_groups is None else y_groups, masked=masked,
+        sums=spread or (masked and label_smoothing > 0.0), transport=transport, group=group, method=method,
+    )  # fmt: skip
+    pos, half_low = known.pos, 0.5 * (known.row_low + known.col_low) - known.pos_low
     # differences first: log-sum-exp and positive nearly cancel once the model has learned
-    loss = 0.5 * ((row - pos) + (col - pos))
-    loss = loss + (0.5 * low[:rows] - low[rows + candidates.shape[0] :])
-    if not distributed_:
-        loss = loss + 0.5 * low[rows : 2 * rows]
+    loss = 0.5 * ((known.row - pos) + (known.col - pos)) + half_low
+    # what the rest of the group takes away from the own pair's share of the target
+    row_gap, col_gap = torch.zeros_like(pos), torch.zeros_like(pos)
+    if spread:
+        row_gap = (known.row_size * pos - known.row_group) / (known.row_size + 1)
+        col_gap = (known.col_size * pos - known.col_group) / (known.col_size + 1)
+        loss = loss + 0.5 * (row_gap + col_gap)
     if label_smoothing > 0.0:
-        loss = loss + label_smoothing * pos
-        wide_x, wide_y = x.to(row.dtype), y.to(row.dtype)
-        sum_x, sum_y = wide_x.sum(0), candidates.to(row.dtype).sum(0)
-        if distributed_:
-            sum_x = distributed.sum_over_ranks(sum_x, group)
-        all_logits = factor * (wide_x @ sum_y + wide_y @ sum_x)
-        loss = loss - label_smoothing / (2 * total) * all_logits
-    return loss, total
+        by_row, by_column = _mean_logits(x, y, factor, known, masked, transport, group)
+        aimed = 0.5 * ((pos - row_gap) + (pos - col_gap))
+        loss = loss + label_smoothing * (aimed - 0.5 * (by_row + by_column))
+    return loss, known.rows
+
+
+def _set_terms(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    groups: Tensor,
+    y_groups: Tensor,
+    label_smoothing: float,
+    group: Group,
+    transport: Transport,
+    method: Method,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Terms of the rows and of the columns, each with 1 where there is a positive and 0 elsewhere."""
+    factor = scale_tensor(scale, x, "infonce_loss")
+    known = pair_statistics(
+        x, y, factor, paired=False, x_ids=groups, y_ids=y_groups, sums=True, transport=transport, group=group,
+        method=method,
+    )  # fmt: skip
+    sides = (
+        (known.row, known.row_low, known.row_group, known.row_size),
+        (known.col, known.col_low, known.col_group, known.col_size),
+    )
+    means = (None, None)
+    if label_smoothing > 0.0:
+        means = _mean_logits(x, y, factor, known, False, transport, group)  # type: ignore[assignment]
+    results = []
+    for (lse, low, summed, size), mean in zip(sides, means, strict=True):
+        positive = summed / size.clamp(min=1)
+        term = (lse - positive) + low
+        if mean is not None:
+            term = term + label_smoothing * (positive - mean)
+        results.append((torch.where(size > 0, term, 0.0), (size > 0).to(term.dtype)))
+    return results[0], results[1]
 
 
 def infonce_loss(
@@ -77,11 +140,16 @@ def infonce_loss(
     y: Tensor,
     scale: Tensor | float,
     *,
+    groups: Tensor | None = None,
+    y_groups: Tensor | None = None,
+    same_group: SameGroup = "mask",
+    weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     logit_bias: Tensor | float | None = None,
     reduction: Reduction = "mean",
     group: Group = None,
-    gather: bool | None = None,
+    gather: bool | Literal["ring"] | None = None,
     grad_reduction: GradReduction = "ddp_mean",
     method: Method = "auto",
 ) -> Tensor:
@@ -89,31 +157,81 @@ def infonce_loss(
 
     Args:
         x: (B, D), normalised by the caller; fp32, bf16, fp16 or fp64.
-        y: (B, D), row i is the positive of x's row i; all other rows are negatives.
+        y: (B, D), row i is the positive of x's row i; all other rows are negatives. (C, D) with
+            `same_group="positive"` and `y_groups`.
         scale: multiplier of the dot products (already exponentiated, not a temperature).
-        label_smoothing: in [0, 1], spread evenly over all candidates.
+        groups: (B,) integer ids of what the rows show, over all ranks one numbering. A negative id equals
+            nothing. None: every pair for itself.
+        y_groups: ids of the rows of y; None: those of x.
+        same_group: what pairs of equal ids are. "mask": other than the own pair, no negatives, as if absent
+            (false negatives). "positive": all positives; a row's target is spread evenly over its group
+            (SupCon, UniCL). Together with `y_groups` x and y are two sets that need not pair up (M images, C
+            captions): only ids make positives, rows and columns are averaged each for themselves, and a row
+            without a positive is a negative for others and has no term of its own.
+        weights: (B,) weight of every pair's term; for two sets, of every row of x.
+        y_weights: (C,) weight of every row of y, for two sets only.
+        label_smoothing: in [0, 1], share of the target spread evenly over all candidates that are not masked.
         logit_bias: accepted for compatibility; it cancels, and gets a zero gradient.
-        reduction: "mean" over all pairs of all ranks, "sum" over them, "none" for this rank's (B,) terms.
+        reduction: "mean" over all pairs of all ranks (weighted: Σ wᵢ lossᵢ / Σ wᵢ), "sum" of wᵢ lossᵢ over
+            them, "none" for this rank's (B,) terms wᵢ lossᵢ. Two sets: ½ of the two means, ½ of the two
+            sums, or ½ of this rank's (B + C,) terms, those of x first.
         group: process group whose ranks' rows are negatives too.
         gather: whether to use other ranks' rows; None: exactly when `group` is given. True with group None
-            is the default group.
+            is the default group. "ring": as True, but y travels from rank to rank, and no rank holds all of
+            it: O(B·D) memory; `method` is then "recompute".
         grad_reduction: what happens to parameter gradients afterwards. "ddp_mean": averaged over the ranks as
             DDP does (inputs' gradients come multiplied by the number of ranks); "sum": summed.
         method: as in `similarity_lse`.
 
     Returns:
-        0-dim loss, the same on every rank, or (B,) for "none"; fp32 (fp64 for fp64).
+        0-dim loss, the same on every rank, or this rank's terms for "none"; fp32 (fp64 for fp64).
 
     Raises:
         TypeError, ValueError: inputs that do not fit.
     """
-    check_options("infonce_loss", reduction, grad_reduction, label_smoothing)
-    check_pair(x, y, "infonce_loss")
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(f"infonce_loss: x and y must pair up, got {x.shape[0]} and {y.shape[0]} rows")
-    over_ranks = uses_group(group, gather)
-    terms, total = symmetric_terms(
-        x, y, scale, label_smoothing=label_smoothing, group=group, distributed_=over_ranks, method=method
-    )
-    loss = reduce_terms(terms, total, reduction, grad_reduction, group, over_ranks)
+    name = "infonce_loss"
+    check_options(name, reduction, grad_reduction, label_smoothing)
+    check_pair(x, y, name)
+    transport = transport_of(group, gather, name)
+    if same_group not in ("mask", "positive"):
+        raise ValueError(f"{name}: same_group must be 'mask' or 'positive', got {same_group!r}")
+    if groups is None and y_groups is not None:
+        raise ValueError(f"{name}: y_groups needs groups, the ids of the rows of x")
+    two_sets = y_groups is not None and same_group == "positive"
+    if not two_sets and x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{name}: x and y must pair up, got {x.shape[0]} and {y.shape[0]} rows; sets of different sizes "
+            "need groups, y_groups and same_group='positive'"
+        )
+    if y_weights is not None and not two_sets:
+        raise ValueError(
+            f"{name}: y_weights are for two sets (y_groups with same_group='positive'); use weights"
+        )
+    x_weights = check_weights(weights, x, "weights", name)
+    column_weights = check_weights(y_weights, y, "y_weights", name)
+    spread = transport != "local"
+    if groups is not None:
+        groups, y_groups = check_groups(groups, groups if y_groups is None else y_groups, x, y, name)
+    if two_sets:
+        assert groups is not None and y_groups is not None
+        sides = _set_terms(x, y, scale, groups, y_groups, label_smoothing, group, transport, method)
+        parts = [
+            0.5 * reduce_terms(terms, 0, reduction, grad_reduction, group, spread, weight)
+            for terms, weight in zip(
+                (side[0] for side in sides),
+                (
+                    valid if given is None else valid * given
+                    for (_, valid), given in zip(sides, (x_weights, column_weights), strict=True)
+                ),
+                strict=True,
+            )
+        ]
+        loss = torch.cat(parts) if reduction == "none" else parts[0] + parts[1]
+    else:
+        terms, total = symmetric_terms(
+            x, y, scale, groups=groups, y_groups=y_groups, same_group=same_group,
+            label_smoothing=label_smoothing, group=group, method=method,
+            distributed_="ring" if transport == "ring" else spread,
+        )  # fmt: skip
+        loss = reduce_terms(terms, total, reduction, grad_reduction, group, spread, x_weights)
     return loss + zero_of(logit_bias, loss)

@@ -10,7 +10,7 @@ from .. import distributed
 from ..checks import check_pair
 from ..distributed import Group
 from ..similarity_lse.op import Method, similarity_lse_with_positives
-from .common import GradReduction, Reduction, check_options, reduce_terms, uses_group
+from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
 
 
 def nll_loss(
@@ -45,7 +45,7 @@ def nll_loss(
         raise ValueError(f"nll_loss: one positive per query, got {x.shape[0]} and {positives.shape[0]} rows")
     if negatives is not None:
         check_pair(x, negatives, "nll_loss")
-    over_ranks = uses_group(group, gather)
+    over_ranks = transport_of(group, gather, "nll_loss") == "gather"
     first, total = 0, x.shape[0]
     candidates = [positives] if negatives is None else [positives, negatives]
     if over_ranks:
