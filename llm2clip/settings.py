@@ -36,6 +36,7 @@ def at_least(group: str, settings: Any, least: int, *names: str) -> None:
 
 Precision = Literal["fp32", "bf16"]
 Pooling = Literal["mean", "weighted_mean", "eos"]
+Layout = Literal["auto", "packed", "padded"]
 StoreDtype = Literal["fp32", "bf16", "fp16", "int8"]
 
 
@@ -97,6 +98,11 @@ class LLMSettings:
     max_length: int = setting(512, "longest caption in tokens, prompt included; the rest is cut and counted")
     prompt: str = setting("", "instruction put before every caption and left out of the pooling")
     dtype: Precision = setting("fp32", "precision of the frozen weights")
+    layout: Layout = setting(
+        "auto",
+        "`packed` lays captions end to end without padding, `padded` batches them by length; "
+        "auto: packed where the model can (docs/packing.md)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +229,7 @@ class EmbedSettings:
     commit_rows: int = setting(
         2048, "embeddings between two commits; at most so many are computed again after a kill"
     )
-    token_budget: int = setting(4096, "tokens per forward pass, padding included")
+    token_budget: int = setting(0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere")
     verify: bool = setting(
         False,
         "compare every stored shard with its checksum first and embed damaged ones again; without it only missing "
@@ -266,7 +272,7 @@ class EvaluateSettings:
     out: str = setting("", "directory of results.json and report.html")
     gallery: int = setting(1000, "at most so many held-out images, one per group, first come")
     batch_size: int = setting(64, "images per forward pass")
-    token_budget: int = setting(4096, "tokens per forward pass, padding included")
+    token_budget: int = setting(0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere")
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")
     seed: int = setting(0, "seed of the sample queries shown in the report")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, write_json
 from llm2clip.models import bidirectional as attention
-from llm2clip.models import lora
+from llm2clip.models import lora, packed
 from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
 from llm2clip.models.llm_files import DTYPES, ENCODER_CONFIG, load_llm, read_encoder_config, write_llm
+from llm2clip.models.packed import PackedBatch
 from llm2clip.models.pooling import pool
 from llm2clip.models.tokens import CaptionBatch, CaptionTokenizer, Tokens, collate, token_batches
 from llm2clip.progress import Progress
-from llm2clip.settings import LLMSettings, LoraSettings, Pooling, Precision
+from llm2clip.settings import Layout, LLMSettings, LoraSettings, Pooling, Precision
 
 _SHORT = 128  # tokens; the plain products keep (B, H, L, L) for the backward pass
+# CPU: products run at full speed from a few hundred tokens on, and their operands should stay in the cache
+_TOKEN_BUDGETS = {"cpu": 1024}
+_TOKEN_BUDGET = 8192
 _DEFAULTS: dict[str, Any] = {"bidirectional": True, "pooling": "mean", "max_length": 512, "prompt": ""}
 
 
@@ -36,6 +40,7 @@ class CaptionEncoder(nn.Module):
         model: the transformers base model, or the peft model around it once an adapter is there.
         tokenizer: the transformers tokenizer.
         dim: width of the embeddings.
+        layout: how captions share a forward pass, `packed` (end to end, no padding) or `padded`.
         truncated: captions cut by `tokenize` and `encode` so far.
     """
 
@@ -48,6 +53,7 @@ class CaptionEncoder(nn.Module):
         pooling: Pooling = "mean",
         max_length: int = 512,
         prompt: str = "",
+        layout: Layout = "auto",
     ) -> None:
         super().__init__()
         if pooling not in ("mean", "weighted_mean", "eos"):
@@ -65,6 +71,10 @@ class CaptionEncoder(nn.Module):
         self._captions = CaptionTokenizer(
             tokenizer, max_length=max_length, prompt=prompt, needs_eos=pooling == "eos"
         )
+        self.layout = _layout(lora.base_model(model), layout, max_length)
+        if self.layout == "packed":
+            packed.install(lora.base_model(model))
+        self._alone_above = packed.own_pack_above(lora.base_model(model))
         attention.set_attention(lora.base_model(model), bidirectional=bidirectional)
         attention.verify_attention(lora.base_model(model), bidirectional=bidirectional)
 
@@ -79,6 +89,7 @@ class CaptionEncoder(nn.Module):
         pooling: Pooling | None = None,
         max_length: int | None = None,
         prompt: str | None = None,
+        layout: Layout = "auto",
         dtype: Precision = "fp32",
         device: str | torch.device = "cpu",
     ) -> CaptionEncoder:
@@ -91,12 +102,13 @@ class CaptionEncoder(nn.Module):
             bidirectional, pooling, max_length, prompt: None takes what llm2clip_config.json beside the
                 adapter or model records, else True, "mean", 512 and "". A value that differs from the
                 record is used, with a warning.
+            layout: `packed`, `padded`, or `auto`: packed where the model can (embeddings are the same).
             dtype: precision of the LLM's weights.
             device: where the model goes.
 
         Raises:
-            ModelError: the model or adapter cannot be used, the adapter was trained on another base, or a
-                layer does not follow the asked attention direction.
+            ModelError: the model or adapter cannot be used, the adapter was trained on another base, a layer
+                does not follow the asked attention direction, or `packed` was asked for and is impossible.
         """
         model, tokenizer = load_llm(path, gguf_file, DTYPES[dtype])
         recorded = read_encoder_config(adapter if adapter else path)
@@ -110,7 +122,7 @@ class CaptionEncoder(nn.Module):
         if adapter:
             _check_base(model, recorded, adapter)
             model = lora.load_adapter(model, adapter)
-        return cls(model.to(device), tokenizer, **options).eval()
+        return cls(model.to(device), tokenizer, layout=layout, **options).eval()
 
     @classmethod
     def from_settings(cls, settings: LLMSettings, device: str | torch.device = "cpu") -> CaptionEncoder:
@@ -123,6 +135,7 @@ class CaptionEncoder(nn.Module):
             pooling=settings.pooling,
             max_length=settings.max_length,
             prompt=settings.prompt,
+            layout=settings.layout,
             dtype=settings.dtype,
             device=device,
         )
@@ -168,31 +181,68 @@ class CaptionEncoder(nn.Module):
         """Pad captions on the right into one batch, on `device` (default: the model's)."""
         return collate(tokens, self._captions.pad_id, self.device if device is None else device)
 
-    def forward(self, batch: CaptionBatch) -> Tensor:
-        """Embed a batch: (B, dim) fp32, not normalised, differentiable."""
+    def forward(self, batch: CaptionBatch | PackedBatch) -> Tensor:
+        """Embed a batch: (B, dim) fp32, not normalised, differentiable.
+
+        A packed encoder takes padded batches too (and removes their padding); a padded one takes only those.
+        """
+        if self.layout == "packed":
+            pack = packed.unpad(batch) if isinstance(batch, CaptionBatch) else batch
+            output = self.model(**packed.model_inputs(pack))
+            return packed.pool_packed(output.last_hidden_state[0], pack, self.pooling)
+        if isinstance(batch, PackedBatch):
+            raise ModelError("a packed batch needs an encoder with layout=packed, this one has layout=padded")
         base = lora.base_model(self.model)
         mask = attention.attention_mask(base, batch.attention_mask, bidirectional=self.bidirectional)
         with _attention_kernel(batch.input_ids):
             output = self.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
         return pool(output.last_hidden_state, batch.pool_mask, self.pooling)
 
-    @torch.no_grad()
+    def embed(self, tokens: Sequence[Tokens], *, token_budget: int | None = None) -> Tensor:
+        """Embed tokenised captions: (len(tokens), dim) fp32, not normalised, differentiable.
+
+        Args:
+            tokens: captions from `tokenize`.
+            token_budget: as in `encode`.
+        """
+        if not tokens:
+            return torch.zeros(0, self.dim, device=self.device)
+        parts = list(self._embed_parts(tokens, token_budget))
+        order = torch.tensor([i for indices, _ in parts for i in indices], device=self.device)
+        return torch.cat([part for _, part in parts])[order.argsort()]
+
+    def _embed_parts(
+        self, tokens: Sequence[Tokens], token_budget: int | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Forward passes one after the other: the indices of their captions, and the embeddings of these."""
+        budget = token_budget or _TOKEN_BUDGETS.get(self.device.type, _TOKEN_BUDGET)
+        lengths = [len(t.ids) for t in tokens]
+        if self.layout == "packed":
+            for part in packed.make_packs(lengths, budget, self._alone_above):
+                indices = part.tolist()
+                yield indices, self(packed.flatten([tokens[i] for i in indices], self.device))
+        else:
+            for indices in token_batches(lengths, budget):
+                yield indices, self(self.collate([tokens[i] for i in indices]))
+
     def encode(
         self,
         texts: Sequence[str],
         *,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
         normalize: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
         """Embed captions without gradients, in evaluation mode.
 
-        Captions are batched by length, so next to nothing is spent on padding; the result is in the order
-        of `texts`. An embedding does not depend on what it was batched with, up to rounding.
+        Captions are packed end to end, or batched by length, so that nothing or next to nothing is spent on
+        padding; the result is in the order of `texts`. An embedding does not depend on what it shared a
+        forward pass with, up to rounding.
 
         Args:
             texts: captions; one string is refused.
-            token_budget: largest number of tokens in one forward pass, padding included.
+            token_budget: largest number of tokens in one forward pass, padding included; a longer caption
+                has one of its own. None or 0: 1024 on a CPU, 8192 elsewhere.
             normalize: scale embeddings to unit length.
             progress: counts captions as they are done.
 
@@ -205,12 +255,23 @@ class CaptionEncoder(nn.Module):
         if isinstance(texts, str):
             raise TypeError("encode takes a list of captions, got one string; write encode([caption])")
         tokens = self.tokenize(texts)
+        return self.encode_tokens(tokens, token_budget=token_budget, normalize=normalize, progress=progress)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self,
+        tokens: Sequence[Tokens],
+        *,
+        token_budget: int | None = None,
+        normalize: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """`encode` for captions that `tokenize` has prepared (on another thread, say)."""
         result = torch.empty(len(tokens), self.dim, dtype=torch.float32)
         training = self.training
         self.eval()
         try:
-            for indices in token_batches([len(t.ids) for t in tokens], token_budget):
-                embeddings = self(self.collate([tokens[i] for i in indices]))
+            for indices, embeddings in self._embed_parts(tokens, token_budget):
                 if normalize:
                     embeddings = nn.functional.normalize(embeddings, dim=-1)
                 result[indices] = embeddings.float().cpu()
@@ -266,6 +327,17 @@ class CaptionEncoder(nn.Module):
             "max_length": self.max_length,
             "prompt": self.prompt,
         }
+
+
+def _layout(model: nn.Module, wanted: str, max_length: int) -> Literal["packed", "padded"]:
+    if wanted not in ("auto", "packed", "padded"):
+        raise ModelError(f"layout must be auto, packed or padded, got {wanted!r}")
+    if wanted == "padded":
+        return "padded"
+    reason = packed.refusal(model, max_length)
+    if reason and wanted == "packed":
+        raise ModelError(f"layout=packed is not possible for {type(model).__name__}: {reason}")
+    return "padded" if reason else "packed"
 
 
 def _attention_kernel(ids: Tensor) -> AbstractContextManager[None]:

@@ -1,0 +1,259 @@
+"""Packed captions: many captions as one sequence without padding, through transformers' attention interface.
+
+The model's own code runs unchanged. What makes a packed batch right is that positions restart with every
+caption and that attention never leaves a caption (`llm2clip_kernels.packed_attention`); everything else in a
+decoder works token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm2clip.errors import ModelError
+from llm2clip.models.tokens import CaptionBatch, Tokens
+from llm2clip.packing import pack
+from llm2clip_kernels import packed_attention
+
+IMPLEMENTATION = "llm2clip_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """B captions laid end to end, T tokens in all.
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, from 0 in every caption.
+        cu_seqlens: (B + 1,) int32; caption b owns the tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+        pool_starts: (B,) int64, the first pooled token of each caption, counted from the start of the pack.
+        max_seqlen: tokens of the longest caption.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    pool_starts: Tensor
+    max_seqlen: int
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on `device`."""
+        tensors = (self.input_ids, self.position_ids, self.cu_seqlens, self.pool_starts)
+        return PackedBatch(*(t.to(device) for t in tensors), self.max_seqlen)
+
+    def __len__(self) -> int:
+        return self.pool_starts.shape[0]
+
+
+def flatten(tokens: Sequence[Tokens], device: torch.device | str | None = None) -> PackedBatch:
+    """Lay captions end to end, in their given order. A caption without tokens stays a caption of length 0."""
+    if not tokens:
+        raise ValueError("a pack needs at least one caption")
+    ids = torch.tensor([i for t in tokens for i in t.ids], dtype=torch.int64)
+    lengths = torch.tensor([len(t.ids) for t in tokens])
+    skipped = torch.tensor([t.pool_start for t in tokens])
+    batch = _packed(ids, lengths, skipped)
+    return batch if device is None else batch.to(device)
+
+
+def unpad(batch: CaptionBatch) -> PackedBatch:
+    """The captions of a padded batch laid end to end; reads the masks on the host."""
+    real = batch.attention_mask.bool()
+    lengths = real.sum(dim=1)
+    skipped = torch.where(batch.pool_mask.any(dim=1), batch.pool_mask.int().argmax(dim=1), lengths)
+    return _packed(batch.input_ids[real], lengths, skipped)
+
+
+def _packed(ids: Tensor, lengths: Tensor, skipped: Tensor) -> PackedBatch:
+    edges = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    positions = torch.arange(len(ids), device=ids.device) - edges[:-1].repeat_interleave(lengths)
+    longest = int(lengths.max())
+    return PackedBatch(ids, positions, edges.to(torch.int32), edges[:-1] + skipped, longest)
+
+
+def make_packs(
+    lengths: Sequence[int], token_budget: int, alone_above: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Put captions into packs of at most `token_budget` tokens, first-fit decreasing; deterministic.
+
+    Args:
+        lengths: tokens of each caption.
+        token_budget: tokens of a pack, at least 1; a longer caption has a pack of its own.
+        alone_above: longer captions share no pack (see `own_pack_above`); None: any may.
+
+    Returns:
+        For each pack the indices of its captions, longest first (neighbours in length are attended to
+        together); packs with long captions come first, so that memory peaks at once.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64).reshape(-1)
+    counted = sizes if alone_above is None else np.where(sizes > alone_above, token_budget, sizes)
+    return [part[np.argsort(-sizes[part], kind="stable")] for part in pack(counted, token_budget)]
+
+
+def pool_packed(hidden: Tensor, batch: PackedBatch, kind: str) -> Tensor:
+    """Pool token states (T, dim) into (B, dim) fp32, as `pooling.pool` does; without tokens zeros.
+
+    Args:
+        hidden: (T, dim) any float dtype.
+        batch: the pack.
+        kind: `mean`, `weighted_mean` (weights 1, 2, ..., n) or `eos` (the last token).
+    """
+    ends = batch.cu_seqlens[1:].long()
+    counts = ends - batch.pool_starts
+    out = hidden.new_zeros(len(batch), hidden.shape[1], dtype=torch.float32)
+    if kind == "eos":
+        filled = (ends > batch.cu_seqlens[:-1])[:, None]
+        last = hidden[(ends - 1).clamp(min=0)] if len(hidden) else out
+        return torch.where(filled, last.float(), out)
+    owner = torch.repeat_interleave(
+        torch.arange(len(batch), device=hidden.device), batch.cu_seqlens.diff(), output_size=len(hidden)
+    )
+    place = torch.arange(len(hidden), device=hidden.device) - batch.pool_starts[owner]
+    pooled, count = place >= 0, counts[owner].clamp(min=1).float()
+    weights = 1 / count if kind == "mean" else 2 * (place + 1) / (count * (count + 1))
+    # zeroed, not multiplied by 0: states outside of the span may hold NaN
+    states = (hidden.float() * weights[:, None]).masked_fill(~pooled[:, None], 0.0)
+    return out.index_add(0, owner, states)
+
+
+def model_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """Keyword arguments for a transformers decoder, itself or inside peft."""
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        # four dimensions: transformers takes it for a finished mask and makes no (T, T) one
+        "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1),
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        "use_cache": False,
+    }
+
+
+def refusal(model: Any, max_length: int) -> str:
+    """Why a model cannot run packed; empty if it can.
+
+    Args:
+        model: transformers base model.
+        max_length: longest caption in tokens.
+    """
+    config = model.config
+    if getattr(config, "attention_dropout", 0.0):
+        return f"its attention_dropout is {config.attention_dropout}, packed attention has none"
+    limit = original_length(model, "dynamic")
+    if limit is not None and max_length > limit:
+        return (
+            f"its dynamic RoPE rescales with the longest caption beyond {limit} tokens, so an embedding would "
+            f"depend on its neighbours; set max_length to at most {limit}, it is {max_length}"
+        )
+    if not getattr(model, "_supports_attention_backend", True):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    return ""
+
+
+def original_length(model: Any, kind: str) -> int | None:
+    """Longest sequence, in tokens, up to which a RoPE of this kind leaves frequencies alone; None without one."""
+    for parameters in _rope_parameters(model.config):
+        if parameters.get("rope_type") == kind:
+            limit = parameters.get("original_max_position_embeddings")
+            return int(limit or model.config.max_position_embeddings)
+    return None
+
+
+def own_pack_above(model: Any) -> int | None:
+    """Captions with more tokens need a pack of their own: longrope picks its frequencies by the longest one."""
+    return original_length(model, "longrope")
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    found = getattr(config, "rope_parameters", None) or {}
+    # families with several kinds of layers have one dictionary for each
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return nested or [found]
+
+
+def install(model: Any) -> None:
+    """Make a transformers base model attend through `packed_attention`, packed or not, from now on.
+
+    It is a name in the model's configuration, not a context around a forward: gradient checkpointing runs
+    layers again in the backward, and must meet the same attention there.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query (B, Hq, L, Dh), key and value (B, Hk, L, Dh) -> (B, L, Hq, Dh).
+
+    With `cu_seq_lens_q` the one row is a pack. Without it every row is a caption of L tokens; rows with padding
+    come with the mask that transformers made for them.
+
+    Raises:
+        ModelError: attention dropout, which packed attention does not have.
+    """
+    if dropout:
+        raise ModelError(f"packed attention has no dropout, the model asks for {dropout}; use layout=padded")
+    batch, heads, length, width = query.shape
+    if torch.is_autocast_enabled(query.device.type):
+        # rotary embeddings leave queries and keys in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+    if cu_seq_lens_q is None and attention_mask is not None:
+        return _masked(query, key, value, attention_mask, scaling, softcap), None
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, device=query.device)
+        max_length_q = length
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # transformers counts the token itself in causal windows, and not in windows to both sides
+    window = None if sliding_window is None else sliding_window - 1 if causal else sliding_window
+    out = packed_attention(
+        *(t.transpose(1, 2).reshape(batch * length, -1, width) for t in (query, key, value)),
+        cu_seq_lens_q,
+        length if max_length_q is None else int(max_length_q),
+        causal=causal,
+        window=window,
+        scale=scaling,
+        softcap=softcap,
+    )
+    return out.view(batch, length, heads, width), None
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Dense attention under a finished mask (B, 1, L, L), boolean (True: visible) or additive."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    if softcap is None:
+        sdpa = nn.functional.scaled_dot_product_attention
+        return sdpa(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+    logits = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
+    logits = softcap * torch.tanh(logits.float() / softcap)
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+    return (logits.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2).contiguous()
