@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,8 +42,10 @@ class Encoder(Protocol):
     @property
     def truncated(self) -> int: ...
 
-    def encode(
-        self, texts: Sequence[str], *, token_budget: int = ..., progress: Progress | None = ...
+    def tokenize(self, texts: Sequence[str]) -> Sequence[Any]: ...
+
+    def encode_tokens(
+        self, tokens: Sequence[Any], *, token_budget: int | None = ..., progress: Progress | None = ...
     ) -> Tensor: ...
 
     def fingerprint(self) -> dict[str, Any]: ...
@@ -231,15 +234,37 @@ def _encode_missing(
 ) -> None:
     total = len(texts) if world.size > 1 else done + len(texts)
     initial = 0 if world.size > 1 else done
-    with Progress(total, "embedding", "captions", initial=initial, enabled=world.is_main) as shown:
-        # a window is one commit; every window has captions of all lengths (encode sorts inside it), so
-        # commits come at regular intervals and the time left is honest
-        windows = max(1, -(-len(texts) // settings.commit_rows))
-        for number in range(windows):
-            window = texts[number::windows]
-            if window:
-                writer.add(window, encoder.encode(window, token_budget=settings.token_budget, progress=shown))
-                writer.flush()
+    # a window is one commit; every window has captions of all lengths (the encoder sorts inside it), so
+    # commits come at regular intervals and the time left is honest
+    count = max(1, -(-len(texts) // settings.commit_rows))
+    windows = [window for window in (texts[number::count] for number in range(count)) if window]
+    budget = settings.token_budget or None
+
+    def write(window: list[str], embeddings: Tensor) -> None:
+        writer.add(window, embeddings)
+        writer.flush()
+
+    # the next window is tokenised and the last one written while this one is computed; leaving the block
+    # waits for the write, so what was computed before an error or Ctrl-C is kept
+    with (
+        Progress(total, "embedding", "captions", initial=initial, enabled=world.is_main) as shown,
+        ThreadPoolExecutor(1, "write") as disk,
+        ThreadPoolExecutor(1, "tokenize") as ahead,
+    ):
+        coming = ahead.submit(encoder.tokenize, windows[0]) if windows else None
+        written: Future[None] | None = None
+        for number, window in enumerate(windows):
+            assert coming is not None
+            tokens = coming.result()
+            coming = (
+                ahead.submit(encoder.tokenize, windows[number + 1]) if window is not windows[-1] else None
+            )
+            embeddings = encoder.encode_tokens(tokens, token_budget=budget, progress=shown)
+            if written is not None:
+                written.result()
+            written = disk.submit(write, window, embeddings)
+        if written is not None:
+            written.result()
 
 
 def _drop_damaged(root: Path, verify: bool) -> None:

@@ -213,8 +213,16 @@ class FinetuneLLMSettings:
     llm: LLMSettings = setting(factory=LLMSettings, help="base model")
     lora: LoraSettings = setting(factory=LoraSettings, help="adapters")
     loss: CaptionLossSettings = setting(factory=CaptionLossSettings, help="contrastive loss")
+    token_budget: int = setting(
+        0,
+        "tokens of a forward pass and rank: the gradient cache cuts the batch into packs of pairs of at most "
+        "so many tokens, and memory is that of one pack; 0: `run.micro_batch` cuts it by pairs",
+    )
     optim: OptimSettings = setting(factory=OptimSettings, help="optimizer")
     run: RunSettings = setting(factory=RunSettings, help="run")
+
+    def __post_init__(self) -> None:
+        at_least("finetune-llm", self, 0, "token_budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +237,9 @@ class EmbedSettings:
     commit_rows: int = setting(
         2048, "embeddings between two commits; at most so many are computed again after a kill"
     )
-    token_budget: int = setting(0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere")
+    token_budget: int = setting(
+        0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere"
+    )
     verify: bool = setting(
         False,
         "compare every stored shard with its checksum first and embed damaged ones again; without it only missing "
@@ -237,6 +247,9 @@ class EmbedSettings:
     )
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")
+
+    def __post_init__(self) -> None:
+        at_least("embed", self, 0, "token_budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +285,9 @@ class EvaluateSettings:
     out: str = setting("", "directory of results.json and report.html")
     gallery: int = setting(1000, "at most so many held-out images, one per group, first come")
     batch_size: int = setting(64, "images per forward pass")
-    token_budget: int = setting(0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere")
+    token_budget: int = setting(
+        0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere"
+    )
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")
     seed: int = setting(0, "seed of the sample queries shown in the report")

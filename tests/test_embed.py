@@ -31,9 +31,16 @@ class HashEncoder:
         self.dim, self.truncated, self.encoded = dim, 0, 0
         self._fail_after, self._name = fail_after, name
 
-    def encode(
-        self, texts: Sequence[str], *, token_budget: int = 4096, progress: Progress | None = None
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.encode_tokens(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts
+
+    def encode_tokens(
+        self, tokens: Sequence[str], *, token_budget: int | None = None, progress: Progress | None = None
     ) -> torch.Tensor:
+        texts = tokens
         self.encoded += len(texts)
         if self._fail_after is not None and self.encoded > self._fail_after:
             raise KeyboardInterrupt

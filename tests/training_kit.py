@@ -69,6 +69,7 @@ class ToyTask:
     """A task without files: sample i is a row of a fixed matrix."""
 
     title = "toy"
+    token_budget = 0
 
     def __init__(
         self, run: RunSettings, hooks: Hooks | None = None, *, width: int = 6, size: int = 20

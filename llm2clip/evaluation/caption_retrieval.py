@@ -137,14 +137,14 @@ class CaptionEmbedder:
         store: embedding store, or None.
         encoder: the tuned encoder, or None. When both are given, a store made by another encoder is
             refused.
-        token_budget: tokens per forward pass.
+        token_budget: tokens per forward pass; 0: as `CaptionEncoder.encode` chooses.
 
     Raises:
         StoreError: the store was made by another encoder.
     """
 
     def __init__(
-        self, store: EmbeddingStore | None, encoder: CaptionEncoder | None, *, token_budget: int = 4096
+        self, store: EmbeddingStore | None, encoder: CaptionEncoder | None, *, token_budget: int = 0
     ) -> None:
         if store is not None and encoder is not None:
             store.check_fingerprint(encoder.fingerprint())

@@ -44,8 +44,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
-        tensors = (self.input_ids, self.position_ids, self.cu_seqlens, self.pool_starts)
-        return PackedBatch(*(t.to(device) for t in tensors), self.max_seqlen)
+        return PackedBatch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.cu_seqlens.to(device),
+            self.pool_starts.to(device),
+            self.max_seqlen,
+        )
 
     def __len__(self) -> int:
         return self.pool_starts.shape[0]
@@ -231,8 +236,11 @@ def attend(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # transformers counts the token itself in causal windows, and not in windows to both sides
     window = None if sliding_window is None else sliding_window - 1 if causal else sliding_window
+    q, k, v = (t.transpose(1, 2).reshape(batch * length, -1, width) for t in (query, key, value))
     out = packed_attention(
-        *(t.transpose(1, 2).reshape(batch * length, -1, width) for t in (query, key, value)),
+        q,
+        k,
+        v,
         cu_seq_lens_q,
         length if max_length_q is None else int(max_length_q),
         causal=causal,

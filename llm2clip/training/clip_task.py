@@ -80,6 +80,7 @@ class ClipTask:
     """Task of `llm2clip train` (see `training.loop.Task`)."""
 
     title = "training CLIP"
+    token_budget = 0
 
     def __init__(self, settings: TrainSettings, world: World) -> None:
         if not settings.data.train:

@@ -21,6 +21,7 @@ from llm2clip.data.sources import open_source
 from llm2clip.errors import ConfigError
 from llm2clip.losses import HardNegativeNLLLoss
 from llm2clip.models.caption_encoder import CaptionEncoder
+from llm2clip.models.packed import make_packs
 from llm2clip.models.tokens import Tokens
 from llm2clip.settings import CaptionSettings, FinetuneLLMSettings
 from llm2clip.training.batches import rank_batches
@@ -42,13 +43,21 @@ class PairTokens:
 
 
 class CaptionPairEmbedder(nn.Module):
-    """Embeds both captions of each pair: `PairTokens` of b pairs -> `short`, `long`, each (b, D) fp32."""
+    """Embeds both captions of each pair: `PairTokens` of b pairs -> `short`, `long`, each (b, D) fp32.
 
-    def __init__(self, encoder: CaptionEncoder) -> None:
+    Args:
+        encoder: the caption encoder.
+        token_budget: tokens of a forward pass of a packed encoder; 0: as its `encode`.
+    """
+
+    def __init__(self, encoder: CaptionEncoder, token_budget: int = 0) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.token_budget = encoder, token_budget
 
     def forward(self, pairs: PairTokens) -> dict[str, Tensor]:
+        if self.encoder.layout == "packed":
+            both = self.encoder.embed([*pairs.short, *pairs.long], token_budget=self.token_budget)
+            return {"short": both[: len(pairs)], "long": both[len(pairs) :]}
         return {"short": self._embed(pairs.short), "long": self._embed(pairs.long)}
 
     def _embed(self, tokens: Sequence[Tokens]) -> Tensor:
@@ -92,7 +101,8 @@ class LLMTask:
         self.encoder = encoder or CaptionEncoder.from_settings(settings.llm, world.device)
         torch.manual_seed(settings.run.seed)  # the adapters' initial values
         self.encoder.add_lora(settings.lora)
-        self.module: nn.Module = CaptionPairEmbedder(self.encoder)
+        self.token_budget = settings.token_budget
+        self.module: nn.Module = CaptionPairEmbedder(self.encoder, self.token_budget)
         source = open_source(settings.data.train, weights=settings.data.weights, limit=settings.data.limit)
         self._source = pair_source(source, settings.data.captions, show=world.is_main)
         self.samples = len(self._source)
@@ -111,6 +121,10 @@ class LLMTask:
         pairs = without_duplicates(samples) if self.settings.loss.mask_duplicates else list(samples)
         short = self.encoder.tokenize([pair.short for pair in pairs])
         long = self.encoder.tokenize([pair.long for pair in pairs])
+        if self.token_budget:
+            lengths = [len(s.ids) + len(t.ids) for s, t in zip(short, long, strict=True)]
+            packs = make_packs(lengths, self.token_budget)
+            return [PairTokens([short[i] for i in part], [long[i] for i in part]) for part in packs]
         # sorted by length, so that a chunk of long captions holds only long ones
         order = sorted(range(len(pairs)), key=lambda i: len(long[i].ids))
         step = size or len(order)

@@ -31,9 +31,11 @@ class Task(Protocol):
         settings: the resolved settings, saved with the run.
         module: maps a chunk to named outputs (gradient_cache.backward); moved to the device by the task.
         samples: training samples of one epoch.
+        token_budget: tokens of a chunk; 0: `run.micro_batch` cuts the batch by samples.
     """
 
     title: str
+    token_budget: int
     settings: Any
     module: nn.Module
     samples: int
@@ -47,7 +49,7 @@ class Task(Protocol):
         ...
 
     def chunks(self, samples: Sequence[Any], size: int) -> Sequence[Any]:
-        """The samples as inputs of `module`, at most `size` samples each (0: one chunk)."""
+        """The samples as inputs of `module`: at most `size` each (0: one chunk), or by `token_budget`."""
         ...
 
     def loss(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,7 +104,8 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
 
     autocast = _autocast(run.precision, world.device)
     # a rank that lost samples may be left with one chunk where the others have several
-    always_cache = world.size > 1 and 0 < run.micro_batch < math.ceil(run.batch_size / world.size)
+    cut = task.token_budget > 0 or 0 < run.micro_batch < math.ceil(run.batch_size / world.size)
+    always_cache = world.size > 1 and cut
     log = MetricsLog(out, at.step, tensorboard=run.tensorboard, enabled=world.is_main)
     bar = display.Progress(total, task.title, "steps", initial=at.step, enabled=world.is_main)
     window = _Window()

@@ -44,9 +44,7 @@ def backward(
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; an empty tensor for one that is not needed."""
-    dq, dk, dv = (
-        t.new_empty(t.shape if n else (0,)) for t, n in ((q, need_q), (k, need_k), (v, need_v))
-    )
+    dq, dk, dv = (t.new_empty(t.shape if n else (0,)) for t, n in ((q, need_q), (k, need_k), (v, need_v)))
     for bucket in plan:
         queries, grads = (_stack_queries(_dense(t, bucket), k.shape[1]) for t in (q, grad))
         if bucket.padding is not None:

@@ -2,7 +2,8 @@
 
 With s = scale · q kᵀ inside each sequence (soft-capped where asked), hidden pairs at -inf, p = softmax(s):
 
-    out = p v          dv = pᵀ g          ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)          dq = scale · ds k          dk = scale · dsᵀ q
+    out = p v        ds = p ∘ (g vᵀ - Σ p ∘ g vᵀ)
+    dv = pᵀ g        dq = scale · ds k        dk = scale · dsᵀ q
 
 Saved for the backward: q, k and v. p is made again.
 """
