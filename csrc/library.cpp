@@ -14,4 +14,23 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " Tensor y_groups, bool need_x, bool need_y, bool need_scale, int tile) -> (Tensor, Tensor, Tensor)");
   m.def("lse_from_slabs(Tensor slabs, Tensor shift, Tensor(a!) flag) -> Tensor");
   m.def("cpu_capability() -> str");
+  m.def("l2_normalize_forward(Tensor x, float eps, bool to_bfloat16) -> (Tensor, Tensor)");
+  m.def(
+      "l2_normalize_backward(Tensor g, Tensor saved, Tensor norm, float eps, bool saved_is_unit,"
+      " bool to_bfloat16) -> Tensor");
+  m.def(
+      "segment_mean_forward(Tensor hidden, Tensor start, Tensor stop, bool normalize, float eps)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "segment_mean_backward(Tensor g, Tensor unit, Tensor norm, Tensor start, Tensor stop, Tensor cu_seqlens,"
+      " int tokens, float eps, bool to_bfloat16) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool to_bfloat16) -> Tensor");
+  m.def(
+      "layer_norm_backward(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) dh, Tensor dy,"
+      " bool keep_output, bool need_x, bool need_weight, bool need_bias, bool need_dy_sum)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("bias_gelu(Tensor pre, Tensor bias, Tensor seed, float p, Tensor(a!) out) -> ()");
+  m.def(
+      "bias_gelu_backward(Tensor pre, Tensor bias, Tensor seed, float p, Tensor(a!) gradient,"
+      " bool keep_output, bool need_bias) -> (Tensor, Tensor)");
 }

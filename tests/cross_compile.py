@@ -59,6 +59,7 @@ def cross_compile(
     pointers: Mapping[str, str],
     config: Config,
     divisible: tuple[str, ...] = ("N", "D"),
+    scalars: Mapping[str, str] | None = None,
 ) -> Any:
     """Compiles a Triton kernel for a target of TARGETS.
 
@@ -69,6 +70,7 @@ def cross_compile(
         pointers: element type of pointer arguments that are not fp32, e.g. {"x_ptr": "bf16"}.
         config: warps and stages.
         divisible: integer arguments that are multiples of 16, as Triton finds out by itself when launched.
+        scalars: type of arguments that are neither pointers nor int32, e.g. {"eps": "fp32"}.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -82,7 +84,7 @@ def cross_compile(
             signature[argument] = "constexpr"
             continue
         kind = "*" + pointers.get(argument, "fp32")
-        signature[argument] = kind if argument.endswith("_ptr") else "i32"
+        signature[argument] = kind if argument.endswith("_ptr") else (scalars or {}).get(argument, "i32")
         if argument.endswith("_ptr") or argument in divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     used = {k: v for k, v in constants.items() if k in signature}

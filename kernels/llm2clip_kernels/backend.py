@@ -38,6 +38,24 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     return "chunked"
 
 
+def choose_rows(device: torch.device, *dtypes: torch.dtype) -> Backend:
+    """Returns the implementation of the ops that work row by row on tensors of these dtypes.
+
+    CPU: C++ for fp32 and bf16, fp16 converted once. CUDA and ROCm: Triton for fp32, bf16, fp16. With an fp64
+    tensor among them, and on every other device: plain torch ("chunked").
+    """
+    if torch.float64 in dtypes:
+        return "chunked"
+    forced = _env.forced_backend()
+    if forced != "auto":
+        return forced  # type: ignore[return-value]
+    if device.type == "cpu" and native.available():
+        return "native"
+    if device.type == "cuda" and triton_available():
+        return "triton"
+    return "chunked"
+
+
 def build_info() -> dict[str, Any]:
     """Returns versions, what was built, and which backend each op uses; printed by `llm2clip env`."""
     reason = native.load()
@@ -49,6 +67,7 @@ def build_info() -> dict[str, Any]:
             triton_version = metadata.version("triton")
         except metadata.PackageNotFoundError:
             triton_version = "unknown"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "python": platform.python_version(),
@@ -60,10 +79,18 @@ def build_info() -> dict[str, Any]:
         "native": {"loaded": reason == "", "reason": reason, **native.build_record()},
         "cpu_capability": torch.ops.llm2clip_native.cpu_capability() if reason == "" else None,
         "backends": {
+            **{
+                op: {
+                    f"{device} {str(dtype).removeprefix('torch.')}": choose_rows(torch.device(device), dtype)
+                    for device in devices
+                    for dtype in dtypes
+                }
+                for op in ("adapter", "l2_normalize", "segment_mean")
+            },
             "similarity_lse": {
                 f"{device} {str(dtype).removeprefix('torch.')}": choose(torch.device(device), dtype)
                 for device in devices
                 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-            }
+            },
         },
     }

@@ -35,6 +35,11 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
 
 
+def native_rows(t: Tensor) -> Tensor:
+    """Returns t as the C++ row kernels read it: fp32 or bf16, contiguous; fp16 is converted."""
+    return (t.float() if t.dtype == torch.float16 else t).contiguous()
+
+
 def check_pair(x: Tensor, y: Tensor, name: str) -> None:
     """Raises TypeError or ValueError unless x is (M, D) and y is (N, D), floats of one dtype and device."""
     for label, t in (("x", x), ("y", y)):

@@ -1,0 +1,129 @@
+// Rows of floats or bfloat16 read and written as vectors of floats, and the choice of instruction set for the
+// loop around them.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd_exp.h"
+
+namespace llm2clip {
+
+struct BFloat {
+  uint16_t bits;
+};
+
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+LLM2CLIP_INLINE Floats load(const BFloat* from) {
+  Halves half;
+  std::memcpy(&half, from, sizeof(half));
+  const Words wide = __builtin_convertvector(half, Words) << 16;
+  Floats out;
+  std::memcpy(&out, &wide, sizeof(out));
+  return out;
+}
+
+// to the nearest, ties to even; NaN stays NaN
+LLM2CLIP_INLINE void store(BFloat* to, Floats value) {
+  Words wide;
+  std::memcpy(&wide, &value, sizeof(wide));
+  const Words rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  const Words quiet = (wide >> 16) | 0x40u;
+  const Halves half = __builtin_convertvector(value == value ? rounded : quiet, Halves);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+// the first `count` of sixteen elements; the other lanes are zero
+template <class T>
+LLM2CLIP_INLINE Floats get(const T* from, int64_t count) {
+  if (count == kLanes) return load(from);
+  T lanes[kLanes] = {};
+  for (int64_t l = 0; l < count; ++l) lanes[l] = from[l];
+  return load(lanes);
+}
+
+template <class T>
+LLM2CLIP_INLINE void put(T* to, Floats value, int64_t count) {
+  if (count == kLanes) return store(to, value);
+  T lanes[kLanes];
+  store(lanes, value);
+  for (int64_t l = 0; l < count; ++l) to[l] = lanes[l];
+}
+
+// calls body(column, count) over the columns of a row, sixteen at a time
+template <class Body>
+LLM2CLIP_INLINE void for_each_lane_group(int64_t cols, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) body(j, kLanes);
+  if (j < cols) body(j, cols - j);
+}
+
+template <class Body>
+void run_default(const Body& body) {
+  body();
+}
+#if defined(__x86_64__)
+template <class Body>
+__attribute__((target("avx2,fma"))) void run_avx2(const Body& body) {
+  body();
+}
+template <class Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) void run_avx512(
+    const Body& body) {
+  body();
+}
+#endif
+
+enum class SimdLevel { kDefault, kAvx2, kAvx512 };
+
+inline SimdLevel simd_level() {
+#if defined(__x86_64__)
+  static const SimdLevel level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return SimdLevel::kAvx512;
+    }
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx2 ? SimdLevel::kAvx2 : SimdLevel::kDefault;
+  }();
+  return level;
+#else
+  return SimdLevel::kDefault;
+#endif
+}
+
+// Runs body() compiled for the widest instruction set of this processor. Everything it calls must be
+// always_inline, the body itself too.
+template <class Body>
+void run_simd(const Body& body) {
+#if defined(__x86_64__)
+  switch (simd_level()) {
+    case SimdLevel::kAvx512:
+      return run_avx512(body);
+    case SimdLevel::kAvx2:
+      return run_avx2(body);
+    case SimdLevel::kDefault:
+      break;
+  }
+#endif
+  run_default(body);
+}
+
+// calls body with the tensor's data as float* or BFloat*
+template <class Body>
+void with_elements(const torch::stable::Tensor& t, const Body& body) {
+  using torch::headeronly::ScalarType;
+  if (t.scalar_type() == ScalarType::Float) return body(static_cast<float*>(t.data_ptr()));
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::BFloat16, "rows must be float32 or bfloat16");
+  body(static_cast<BFloat*>(t.data_ptr()));
+}
+
+}  // namespace llm2clip
