@@ -67,7 +67,8 @@ def cross_compile(
         function: the kernel.
         target: a name in TARGETS.
         constants: constexpr arguments; those the kernel does not have are left out.
-        pointers: element type of pointer arguments that are not fp32, e.g. {"x_ptr": "bf16"}.
+        pointers: element type of pointer arguments that are not fp32, e.g. {"x_ptr": "bf16"}, or a TMA
+            descriptor, e.g. {"x_ptr": "tensordesc<bf16[128,64]>"}.
         config: warps and stages.
         divisible: integer arguments that are multiples of 16, as Triton finds out by itself when launched.
         scalars: type of arguments that are neither pointers nor int32, e.g. {"eps": "fp32"}.
@@ -83,9 +84,13 @@ def cross_compile(
         if argument in constants:
             signature[argument] = "constexpr"
             continue
-        kind = "*" + pointers.get(argument, "fp32")
-        signature[argument] = kind if argument.endswith("_ptr") else (scalars or {}).get(argument, "i32")
-        if argument.endswith("_ptr") or argument in divisible:
+        kind = pointers.get(argument, "fp32")
+        is_descriptor = kind.startswith("tensordesc")
+        if argument.endswith("_ptr"):
+            signature[argument] = kind if is_descriptor else f"*{kind}"
+        else:
+            signature[argument] = (scalars or {}).get(argument, "i32")
+        if (argument.endswith("_ptr") and not is_descriptor) or argument in divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     used = {k: v for k, v in constants.items() if k in signature}
     return triton.compile(

@@ -124,16 +124,19 @@ KERNELS = {
 }
 
 
-def compiled_for(name: str, target: str, groups: bool = False) -> Any:
+def compiled_for(name: str, target: str, groups: bool = False, tma: bool = False) -> Any:
     config = target_config(target)
     if name == "online":
         config = kernel.online_config(config)
     constants = {
-        "COLUMNS": True, "GROUPS": groups, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
+        "TMA": tma, "COLUMNS": True, "GROUPS": groups, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     pointers = {"x_ptr": "bf16", "y_ptr": "bf16", "stripe_ptr": "bf16", "flag_ptr": "i32"}
     pointers |= {"x_code_ptr": "i32", "y_code_ptr": "i32"}
+    if tma:
+        pointers["x_ptr"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
+        pointers["y_ptr"] = f"tensordesc<bf16[{config.block_n}, {config.block_k}]>"
     return cross_compile(KERNELS[name], target, constants, pointers, config)
 
 
@@ -142,6 +145,14 @@ def compiled_for(name: str, target: str, groups: bool = False) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_fits(name: str, target: str, groups: bool, tmp_path: Path) -> None:
     assert_fits(compiled_for(name, target, groups), target, tmp_path)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_copy_engine_brings_the_operands(name: str, target: str, tmp_path: Path) -> None:
+    compiled = compiled_for(name, target, groups=True, tma=True)
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert_fits(compiled, target, tmp_path)
 
 
 def test_offsets_are_64_bit() -> None:

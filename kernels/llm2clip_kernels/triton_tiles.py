@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -75,6 +76,36 @@ def dots_tile(
 
 
 @triton.jit
+def product_tile(
+    x_ptr,  # (M, D), row-major; or its descriptor
+    y_ptr,  # (N, D), row-major; or its descriptor
+    start_m,
+    start_n,
+    M,
+    N,
+    D,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The (BLOCK_M, BLOCK_N) dot products from row start_m of x and row start_n of y, fp32."""
+    if TMA:
+        # the copy engine fills what lies outside with zeros and needs neither masks nor address registers
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        first_m, first_n = start_m.to(tl.int32), start_n.to(tl.int32)
+        for k in range(0, D, BLOCK_K):
+            x = x_ptr.load([first_m, k])
+            y = y_ptr.load([first_n, k])
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    else:
+        offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+        acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    return acc
+
+
+@triton.jit
 def finite(value):
     # an infinite maximum cannot be subtracted
     return tl.where(value - value == 0.0, value, 0.0)
@@ -123,6 +154,24 @@ def precision(x: Tensor) -> str:
     """Returns the `input_precision` of tl.dot for the dtype of x."""
     # never the default, which would silently be TF32 for fp32 inputs
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def operands(x: Tensor, y: Tensor, config: Config) -> tuple[Any, Any, bool]:
+    """x and y as the kernels take them: TMA descriptors on Hopper and later, else as they are; and which.
+
+    The copy engine needs rows and a first element that lie on 16 bytes.
+    """
+    hopper = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x, y))
+    if not (hopper or _env.triton_interpreted()) or not aligned or x.dtype == torch.float32:
+        return x, y, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return (
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(y, [config.block_n, config.block_k]),
+        True,
+    )
 
 
 def static_shift(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,10 +28,11 @@ from ..triton_tiles import (
     Config,
     config_for,
     counted,
-    dots_tile,
     finite,
     group_codes,
+    operands,
     precision,
+    product_tile,
     static_shift,
 )
 
@@ -58,6 +59,7 @@ def similarity_lse_fwd_kernel_sums(
     D,
     group_m,
     group_n,
+    TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -70,11 +72,15 @@ def similarity_lse_fwd_kernel_sums(
     scale = tl.load(scale_ptr)
     shift = tl.load(shift_ptr)
     for t_m in range(0, group_m):
-        offs_m = (i_m * group_m + t_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+        start_m = (i_m * group_m + t_m) * BLOCK_M
+        offs_m = start_m + tl.arange(0, BLOCK_M)
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for t_n in range(0, group_n):
-            offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            start_n = (i_n * group_n + t_n) * BLOCK_N
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            acc = product_tile(
+                x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )
             e = tl.exp(acc * scale - shift)
             inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
             if GROUPS:
@@ -108,6 +114,7 @@ def similarity_lse_fwd_kernel_online(
     D,
     group_m,
     group_n,
+    TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,12 +127,16 @@ def similarity_lse_fwd_kernel_online(
         i_m = tl.program_id(1).to(tl.int64)
         scale = tl.load(scale_ptr)
         for t_m in range(0, group_m):
-            offs_m = (i_m * group_m + t_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+            start_m = (i_m * group_m + t_m) * BLOCK_M
+            offs_m = start_m + tl.arange(0, BLOCK_M)
             row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
             row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             for t_n in range(0, group_n):
-                offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                start_n = (i_n * group_n + t_n) * BLOCK_N
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                acc = product_tile(
+                    x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                )
                 inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
                 if GROUPS:
                     inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
@@ -177,6 +188,7 @@ def similarity_lse_bwd_kernel_stripe(
     M,
     N,
     D,
+    TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
     POSITIVES: tl.constexpr,
@@ -194,7 +206,9 @@ def similarity_lse_bwd_kernel_stripe(
     in_m = offs_m < stop
     in_n = offs_n < N
     scale = tl.load(scale_ptr)
-    dots = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    dots = product_tile(
+        x_ptr, y_ptr, start + i_m * BLOCK_M, i_n * BLOCK_N, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     logits = dots * scale
     if tl.load(flag_ptr) == 0:
         factor = tl.load(row_factor_ptr + offs_m, mask=in_m, other=0.0)[:, None]
@@ -277,9 +291,10 @@ def forward(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     rows = x.new_zeros(programs_n, m, dtype=torch.float32)
     cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
+    *tiles, tma = operands(x, y, config)
     similarity_lse_fwd_kernel_sums[grid](
-        x, y, scale, shift, rows, cols, *codes, diagonal, m, n, d, group_m, group_n,
-        COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
+        *tiles, scale, shift, rows, cols, *codes, diagonal, m, n, d, group_m, group_n,
+        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     row_lse = _lse_of_slabs(rows, shift, flag)
     col_lse = _lse_of_slabs(cols, shift, flag) if columns else cols.new_empty(0)
@@ -289,10 +304,11 @@ def forward(
     online_rows = x.new_zeros(programs_n, m, dtype=torch.float32)
     online_cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
     row_max, col_max = torch.full_like(online_rows, -torch.inf), torch.full_like(online_cols, -torch.inf)
+    *tiles, tma = operands(x, y, config)
     similarity_lse_fwd_kernel_online[(programs_n, programs_m)](
-        x, y, scale, flag, row_max, online_rows, col_max, online_cols, *codes, diagonal,
+        *tiles, scale, flag, row_max, online_rows, col_max, online_cols, *codes, diagonal,
         m, n, d, group_m, group_n,
-        COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
+        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
     )  # fmt: skip
     raised = flag != 0
     row_lse = torch.where(raised, _merge_online(row_max, online_rows), row_lse)
@@ -341,13 +357,14 @@ def backward(
     dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
     dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
     first_tile = 0
+    *operand, tma = operands(x, y, config)
     for start in range(0, m, step):
         stop = min(start + step, m)
         grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
         similarity_lse_bwd_kernel_stripe[grid](
-            x, y, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
+            *operand, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
             *codes, stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
-            COLUMNS=columns, GROUPS=grouped, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
+            TMA=tma, COLUMNS=columns, GROUPS=grouped, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
