@@ -32,12 +32,30 @@ SMALL = (64, 128, 256, 512, 1024, 2048)
 CHECK_PAIRS = {"cpu": 8192, "cuda": 32768}
 
 
-def check(case: Case, names: list[str]) -> dict[str, dict[str, float]]:
-    """Errors against fp64 by provider, at the case's own shape or the largest that fp64 serves."""
+def check(case: Case, names: list[str], limit: float) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Runs everyone once against fp64, at the case's own shape or the largest that fp64 serves.
+
+    Returns:
+        The errors of those who are right, and of the others the reason why no speed of theirs is printed.
+    """
     small = Case(min(case.n, CHECK_PAIRS[case.device]), case.d, case.dtype, case.kind, case.device)
     leaves = inputs(small)
     want = exact(leaves[0], leaves[1], float(leaves[2].detach()))
-    return {name: errors(PROVIDERS[name].make(small)(leaves), want) for name in names}
+    found: dict[str, dict[str, float]] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = errors(PROVIDERS[name].make(small)(leaves), want)
+            if small.n < case.n:
+                # one that fails at the full size must not end the run of the others
+                PROVIDERS[name].make(case)(inputs(case))
+        except Exception as error:
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        wrong = harness.wrong(found[name], limit)
+        if wrong:
+            reasons[name] = f"wrong result: {wrong}"
+    return found, reasons
 
 
 def memory_setup(name: str, case: Case) -> Callable[[], Any]:
@@ -90,13 +108,10 @@ def time_all(case: Case, names: list[str], options: argparse.Namespace) -> dict[
 def measure(case: Case, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """One interleaved run of all providers at one shape; returns its rows."""
     shape = {"n": case.n, "d": case.d, "dtype": case.dtype, "inputs": case.kind}
-    found = check(case, names)
-    reasons = {n: harness.wrong(found[n], options.error_limit or ERROR_LIMIT[case.dtype]) for n in names}
-    names = [name for name in names if not reasons[name]]
+    found, reasons = check(case, names, options.error_limit or ERROR_LIMIT[case.dtype])
+    names = [name for name in names if name not in reasons]
     rows: list[dict[str, Any]] = [
-        {"provider": name, **shape, "not_timed": f"wrong result: {reason}"}
-        for name, reason in reasons.items()
-        if reason
+        {"provider": name, **shape, "not_timed": reason} for name, reason in reasons.items()
     ]
     times = time_all(case, names, options)
     # of torch.mm as it is called; where its result would be too large, of the stripes
@@ -195,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(harness.save(suite, rows, not_measured=reasons))
     faults = [row for row in rows if "not_timed" in row and PROVIDERS[row["provider"]].ours]
     if faults:
-        sys.exit(f"our own result is wrong, not timed: {faults}")
+        sys.exit(f"our own result is wrong or failed, not timed: {faults}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def curves(rows: Rows, key: str) -> dict[str, list[tuple[float, float]]]:
     for row in rows:
         value = row.get(key)
         if "n" in row and isinstance(value, int | float) and value > 0:
-            name = str(row.get("provider", "")) + (f", D={row.get('d')}" if several else "")
+            name = str(row.get("provider", row.get("op", ""))) + (f", D={row.get('d')}" if several else "")
             found.setdefault(name, {}).setdefault(row["n"], []).append(value)
     return {
         name: [(n, sum(values) / len(values)) for n, values in sorted(points.items())]
