@@ -19,7 +19,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # OpenMP threads that spin at a barrier stall each other as soon as another process needs a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-gpu lint fmt docs bench wheel clean
+.PHONY: help install demo test test-gpu lint fmt docs bench gpu-proof wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,8 +67,13 @@ fmt: install ## format the code
 docs: install ## write docs/config.md from the settings
 	@$(BIN)/python -m llm2clip.reference
 
-bench: install ## CPU benchmarks of the kernels against their peers
+bench: install ## CPU benchmarks of the kernels against the peers installed, plots, docs/performance.md
 	@$(BIN)/python -m benchmarks.bench_similarity
+	@$(BIN)/python -m benchmarks.plot
+	@$(BIN)/python -m benchmarks.report
+
+gpu-proof: ## build, check and measure on a CUDA GPU, in the python that holds a CUDA torch
+	@$(PYTHON) -m benchmarks.gpu_proof
 
 wheel: install ## build a wheel into dist/
 	@$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

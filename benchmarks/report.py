@@ -112,11 +112,26 @@ def section(path: Path, record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def proof(path: Path) -> str:
+    """Returns what became of each section of `benchmarks.gpu_proof` on a machine."""
+    record = json.loads(path.read_text())
+    rows = [
+        {
+            "section": s["section"],
+            "outcome": s["status"],
+            "seconds": s["seconds"],
+            "reason": s["reason"].split("\n")[0][:200],
+        }
+        for s in record["sections"]
+    ]
+    return "\n\n".join(["### Proof", f"commit {record['commit']}. `{record['command']}`", table(rows)])
+
+
 def generate(results: Path) -> str:
     """Returns the generated part for all machines and suites under `results`."""
     parts = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
-        suites = []
+        suites = [proof(path) for path in folder.glob("proof/proof.json")]
         for path in sorted(folder.glob("*.json")):
             record = json.loads(path.read_text())
             if isinstance(record, dict) and record.get("rows"):

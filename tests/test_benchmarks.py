@@ -339,5 +339,18 @@ def test_page_is_written_from_results_and_a_typed_figure_is_found(tmp_path: Path
         report.rewrite("no markers", "")
 
 
+def test_page_lists_what_became_of_a_gpu_proof(tmp_path: Path) -> None:
+    folder = tmp_path / "some-gpu" / "proof"
+    folder.mkdir(parents=True)
+    outcomes = [
+        {"section": "graph", "status": "passed", "reason": "", "seconds": 3.5, "details": {}},
+        {"section": "tests", "status": "failed", "reason": "2 failed\nand more", "seconds": 60.0, "details": {}},
+    ]
+    (folder / "proof.json").write_text(json.dumps({"commit": "abc", "command": "run", "sections": outcomes}))
+    page = report.generate(tmp_path)
+    assert "## some-gpu" in page and "| graph | passed | 3.5 |  |" in page
+    assert "| tests | failed | 60 | 2 failed |" in page
+
+
 def test_the_performance_page_says_what_the_committed_results_say() -> None:
     report.main(["--check"])
