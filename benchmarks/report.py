@@ -71,9 +71,9 @@ def _cell(value: Any) -> str:
     return f"{value:,.10g}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns a Markdown table of a suite's rows."""
-    columns = _columns(rows)
+def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
+    """Returns a Markdown table of rows; `columns` maps titles to keys, by default what a suite's rows have."""
+    columns = columns or _columns(rows)
     numeric = {
         title: all(not isinstance(row.get(key), str) for row in rows) for title, key in columns.items()
     }
@@ -124,7 +124,13 @@ def proof(path: Path) -> str:
         }
         for s in record["sections"]
     ]
-    return "\n\n".join(["### Proof", f"commit {record['commit']}. `{record['command']}`", table(rows)])
+    return "\n\n".join(
+        [
+            "### Proof",
+            f"commit {record['commit']}. `{record['command']}`",
+            table(rows, {key: key for key in rows[0]}),
+        ]
+    )
 
 
 def generate(results: Path) -> str:

@@ -344,7 +344,13 @@ def test_page_lists_what_became_of_a_gpu_proof(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     outcomes = [
         {"section": "graph", "status": "passed", "reason": "", "seconds": 3.5, "details": {}},
-        {"section": "tests", "status": "failed", "reason": "2 failed\nand more", "seconds": 60.0, "details": {}},
+        {
+            "section": "tests",
+            "status": "failed",
+            "reason": "2 failed\nand more",
+            "seconds": 60.0,
+            "details": {},
+        },
     ]
     (folder / "proof.json").write_text(json.dumps({"commit": "abc", "command": "run", "sections": outcomes}))
     page = report.generate(tmp_path)
