@@ -6,6 +6,15 @@
 
 STABLE_TORCH_LIBRARY(llm2clip_native, m) {
   m.def(
+      "similarity_distill_forward(Tensor x, Tensor y, float scale, Tensor p, Tensor q, float teacher_scale,"
+      " bool columns, int diagonal, int tile)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "similarity_distill_backward(Tensor g_row, Tensor g_col, Tensor g_pos, Tensor g_cross_row,"
+      " Tensor g_cross_col, Tensor x, Tensor y, float scale, Tensor p, Tensor q, float teacher_scale,"
+      " Tensor row_lse, Tensor col_lse, Tensor teacher_row, Tensor teacher_col, Tensor low, int diagonal,"
+      " bool need_x, bool need_y, bool need_scale, int tile) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "similarity_lse_forward(Tensor x, Tensor y, float scale, bool columns, int diagonal,"
       " bool cached, Tensor x_groups, Tensor y_groups, int tile) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

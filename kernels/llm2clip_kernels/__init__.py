@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from .backend import build_info
-from .contrastive import infonce_loss, nll_loss
+from .contrastive import distill_loss, infonce_loss, nll_loss
 from .l2_normalize import l2_normalize
 from .packed_attention import packed_attention
 from .segment_mean import segment_mean
+from .similarity_distill import similarity_distill
 from .similarity_lse import similarity_lse
 
 __all__ = [
     "build_info",
+    "distill_loss",
     "infonce_loss",
     "l2_normalize",
     "nll_loss",
     "packed_attention",
     "segment_mean",
+    "similarity_distill",
     "similarity_lse",
 ]

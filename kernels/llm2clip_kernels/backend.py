@@ -87,10 +87,13 @@ def build_info() -> dict[str, Any]:
                 }
                 for op in ("adapter", "l2_normalize", "segment_mean")
             },
-            "similarity_lse": {
-                f"{device} {str(dtype).removeprefix('torch.')}": choose(torch.device(device), dtype)
-                for device in devices
-                for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            **{
+                op: {
+                    f"{device} {str(dtype).removeprefix('torch.')}": choose(torch.device(device), dtype)
+                    for device in devices
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                }
+                for op in ("similarity_distill", "similarity_lse")
             },
         },
     }

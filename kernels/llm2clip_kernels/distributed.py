@@ -119,6 +119,37 @@ class _SumAndScatter(torch.autograd.Function):
         return _gather(grads[0], ctx.counts, ctx.group), None, None
 
 
+class _MergeAverages(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        partial: Tensor,
+        low: Tensor,
+        weight: Tensor,
+        weight_low: Tensor,
+        counts: list[int],
+        group: Group,
+    ) -> tuple[Tensor, Tensor]:
+        wide, lse = widen_lse(partial, low), widen_lse(weight, weight_low)
+        largest = lse.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        share = (lse - torch.where(largest.isfinite(), largest, torch.zeros_like(largest))).exp()
+        sums = torch.stack([share * wide, share])
+        dist.all_reduce(sums, group=group)
+        ctx.counts, ctx.group = counts, group
+        ctx.save_for_backward((share / sums[1]).to(partial.dtype))
+        rank = dist.get_rank(group)
+        mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        average, average_low = round_lse(sums[0, mine] / sums[1, mine], partial.dtype)
+        ctx.mark_non_differentiable(average_low)
+        return average, average_low
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (share,) = ctx.saved_tensors
+        return _gather(grads[0], ctx.counts, ctx.group) * share, None, None, None, None, None
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
@@ -184,6 +215,27 @@ def sum_and_scatter(partial: Tensor, counts: list[int], group: Group) -> Tensor:
     """This rank's (B_r, ...) rows of the sum over ranks of `partial` (N, ...); the backward gathers."""
     mine: Tensor = _SumAndScatter.apply(partial, counts, group)
     return mine
+
+
+def merge_averages(
+    partial: Tensor, low: Tensor, weight: Tensor, weight_low: Tensor, counts: list[int], group: Group
+) -> tuple[Tensor, Tensor]:
+    """Weighted averages along columns over all ranks' rows, merged in fp64.
+
+    Args:
+        partial: (N,) average of every column over this rank's rows.
+        low: (N,) what rounding took from `partial`; no gradient.
+        weight: (N,) logarithm of the sum of this rank's weights; no gradient.
+        weight_low: (N,) what rounding took from it.
+        counts: rows of every rank; column j belongs to the rank that holds row j.
+        group: the process group.
+
+    Returns:
+        (B_r,) complete averages of this rank's own columns, and what rounding took from them; backward multiplies
+        by this rank's share of the weights.
+    """
+    merged: tuple[Tensor, Tensor] = _MergeAverages.apply(partial, low, weight, weight_low, counts, group)
+    return merged
 
 
 def sum_over_ranks(value: Tensor, group: Group) -> Tensor:

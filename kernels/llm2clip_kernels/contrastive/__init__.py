@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from .common import GradReduction, Reduction, zero_of
+from .distillation import distill_loss, distill_terms
 from .infonce import infonce_loss, symmetric_terms
 from .nll import nll_loss
 
-__all__ = ["GradReduction", "Reduction", "infonce_loss", "nll_loss", "symmetric_terms", "zero_of"]
+__all__ = [
+    "GradReduction",
+    "Reduction",
+    "distill_loss",
+    "distill_terms",
+    "infonce_loss",
+    "nll_loss",
+    "symmetric_terms",
+    "zero_of",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .coca import CoCaLoss
+from .distill import DistillClipLoss
 from .llm2vec import HardNegativeNLLLoss
 from .open_clip import ClipLoss
 
-__all__ = ["ClipLoss", "HardNegativeNLLLoss"]
+__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss"]
