@@ -9,13 +9,13 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from llm2clip_kernels.similarity_lse import kernel  # noqa: E402
+from llm2clip_kernels.similarity_lse import kernel, launch  # noqa: E402
 from llm2clip_kernels.triton_tiles import choose_config  # noqa: E402
 from tests.cross_compile import TARGETS, assert_fits, cross_compile, run_interpreted, target_config  # noqa: E402
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-from llm2clip_kernels.similarity_lse import kernel
+from llm2clip_kernels.similarity_lse import launch
 from llm2clip_kernels import similarity_lse
 
 def check(got, want, limit, what):
@@ -23,6 +23,7 @@ def check(got, want, limit, what):
     assert error <= limit, f"{what}: {error:.2e} > {limit:.0e}"
 
 torch.manual_seed(0)
+empty = torch.empty(0, dtype=torch.bfloat16)
 none = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
     # ragged tiles, several tiles, D = 1, underflow (scale 1e4), negative scale, rectangular both ways
@@ -32,10 +33,10 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         dots = x.double() @ y.double().T
         logits = s * dots
         rows, cols = logits.logsumexp(1), logits.logsumexp(0)
-        row_lse, col_lse = kernel.forward(x, y, scale, True, -1, *none)
+        row_lse, col_lse, _ = launch.forward(x, y, scale, True, -1, *none, False)
         check(row_lse, rows, 2e-6, ("row_lse", dtype, m))
         check(col_lse, cols, 2e-6, ("col_lse", dtype, m))
-        only_rows, nothing = kernel.forward(x, y, scale, False, -1, *none)
+        only_rows, nothing, _ = launch.forward(x, y, scale, False, -1, *none, False)
         assert torch.equal(only_rows, row_lse) and nothing.numel() == 0
         g_row, g_col = torch.randn(m) / m, torch.randn(n) / m
         diagonal = 2 if n >= m + 2 else -1
@@ -45,29 +46,29 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
             g.diagonal(diagonal).add_(g_pos)
         # at scale 1e4 a rounded log-sum-exp alone moves the exponentials by 1e4 * 6e-8
         bound = max(limit, 6e-4) if s == 1e4 else limit
-        dx, dy, dscale = kernel.backward(
-            g_row, g_col, g_pos, x, y, scale, rows.float(), cols.float(), diagonal, *none, True, True, True)
+        dx, dy, dscale = launch.backward(
+            g_row, g_col, g_pos, x, y, scale, rows.float(), cols.float(), empty, diagonal, *none, True, True, True)
         check(dx, s * g @ y.double(), bound, ("dx", dtype, m))
         check(dy, s * g.T @ x.double(), bound, ("dy", dtype, m))
         check(dscale, (g * dots).sum(), 10 * bound, ("dscale", dtype, m))
 
 # more tiles a side than programs, so that one program owns several tiles, and more than one stripe
-kernel._SIDE, kernel._STRIPE_BYTES = 2, 16 * 70 * 4
+launch._SIDE, launch._STRIPE_BYTES = 2, 16 * 70 * 4
 x, y = (F.normalize(torch.randn(k, 8), dim=1) for k in (85, 70))
 for s, limit in ((2e3, 2e-4), (5.0, 5e-6)):
     logits = s * x.double() @ y.double().T
-    row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True, -1, *none)
+    row_lse, col_lse, _ = launch.forward(x, y, torch.tensor(s), True, -1, *none, False)
     check(row_lse, logits.logsumexp(1), 2e-6, "row groups")
     check(col_lse, logits.logsumexp(0), 2e-6, "col groups")
     g = (logits - logits.logsumexp(1)[:, None]).exp() + (logits - logits.logsumexp(0)).exp()
     ones = torch.ones(85), torch.ones(70), torch.empty(0)
-    dx, dy, _ = kernel.backward(*ones, x, y, torch.tensor(s), row_lse, col_lse, -1, *none, True, True, False)
+    dx, dy, _ = launch.backward(*ones, x, y, torch.tensor(s), row_lse, col_lse, empty, -1, *none, True, True, False)
     check(dx, s * g @ y.double(), limit, "dx stripes")
     check(dy, s * g.T @ x.double(), limit, "dy stripes")
 
 # a NaN row stays in its row and in the columns, and an infinite norm ends
 x[3, 0] = float("nan")
-row_lse, _ = kernel.forward(x, y, torch.tensor(5.0), True, -1, *none)
+row_lse, _, _ = launch.forward(x, y, torch.tensor(5.0), True, -1, *none, False)
 assert row_lse.isnan().nonzero().flatten().tolist() == [3]
 
 # through the public op, autograd included
@@ -81,6 +82,27 @@ s = c * a @ b.T
 for got, want in ((x.grad, a.grad), (y.grad, b.grad), (scale.grad, c.grad)):
     check(got, want, 2e-6, "op")
 
+# the exponentials cached in bf16: the forward is the same, the gradients are right to bf16, the positives better
+for s in (9.0, 0.0, 100.0, 1e4):
+    x, y = (F.normalize(torch.randn(k, 16), dim=1).half() for k in (37, 45))
+    y[2:39] = F.normalize(x.float() + 0.1 * torch.randn(37, 16), dim=1).half()
+    scale = torch.tensor(s)
+    row_lse, col_lse, _ = launch.forward(x, y, scale, True, 2, *none, False)
+    again, _, cache = launch.forward(x, y, scale, True, 2, *none, True)
+    assert torch.equal(again, row_lse) and cache.shape == (37 * 45,)
+    g_row, g_col, g_pos = torch.full((37,), 1 / 74), torch.full((45,), 1 / 90), torch.full((37,), -1 / 37)
+    arguments = g_row, g_col, g_pos, x, y, scale, row_lse, col_lse
+    want = launch.backward(*arguments, empty, 2, *none, True, True, True)
+    got = launch.backward(*arguments, cache, 2, *none, True, True, True)
+    for name, g, w in zip(("dx", "dy", "dscale"), got, want):
+        if s == 1e4:
+            # running maxima: the cache is not used at all
+            assert torch.equal(g, w), name
+        else:
+            check(g, w.double(), 6e-3, ("cached", name, s))
+    _, _, only_scale = launch.backward(*arguments, cache, 2, *none, False, False, True)
+    check(only_scale, want[2].double(), 1e-6, "scale alone")
+
 # pairs of one group left out, with and without positives, a row with nothing left, by both shifts
 for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
     for s, diagonal in ((9.0, -1), (9.0, 2), (1e4, 2)):
@@ -93,7 +115,7 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
             mask.diagonal(diagonal).fill_(False)
         logits = (s * x.double() @ y.double().T).masked_fill(mask, -torch.inf)
         rows, cols = logits.logsumexp(1), logits.logsumexp(0)
-        row_lse, col_lse = kernel.forward(x, y, torch.tensor(s), True, diagonal, *ids)
+        row_lse, col_lse, _ = launch.forward(x, y, torch.tensor(s), True, diagonal, *ids, False)
         assert torch.equal(row_lse.isinf(), rows.isinf())
         check(row_lse[rows.isfinite()], rows[rows.isfinite()], 2e-6, "masked rows")
         check(col_lse[cols.isfinite()], cols[cols.isfinite()], 2e-6, "masked columns")
@@ -103,8 +125,8 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         g = g.masked_fill(mask, 0.0)
         if diagonal >= 0:
             g.diagonal(diagonal).add_(g_pos)
-        dx, dy, dscale = kernel.backward(
-            g_row, g_col, g_pos, x, y, torch.tensor(s), rows.float(), cols.float(), diagonal, *ids,
+        dx, dy, dscale = launch.backward(
+            g_row, g_col, g_pos, x, y, torch.tensor(s), rows.float(), cols.float(), empty, diagonal, *ids,
             True, True, True)
         bound = max(limit, 6e-4) if s == 1e4 else limit
         check(dx, s * g @ y.double(), bound, "masked dx")
@@ -120,6 +142,7 @@ def test_arithmetic_in_the_interpreter(tmp_path: Path) -> None:
 KERNELS = {
     "sums": kernel.similarity_lse_fwd_kernel_sums,
     "online": kernel.similarity_lse_fwd_kernel_online,
+    "cached": kernel.similarity_lse_bwd_kernel_cached,
     "stripe": kernel.similarity_lse_bwd_kernel_stripe,
 }
 
@@ -127,12 +150,19 @@ KERNELS = {
 def compiled_for(name: str, target: str, groups: bool = False, tma: bool = False) -> Any:
     config = target_config(target)
     if name == "online":
-        config = kernel.online_config(config)
+        config = launch.online_config(config)
     constants = {
-        "TMA": tma, "COLUMNS": True, "GROUPS": groups, "POSITIVES": True, "SCALE": True, "PRECISION": "tf32",
+        "TMA": tma, "COLUMNS": True, "GROUPS": groups, "POSITIVES": True, "SCALE": True, "CACHE": True, "ROWS": 16,
+        "PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    pointers = {"x_ptr": "bf16", "y_ptr": "bf16", "stripe_ptr": "bf16", "flag_ptr": "i32"}
+    pointers = {
+        "x_ptr": "bf16",
+        "y_ptr": "bf16",
+        "stripe_ptr": "bf16",
+        "flag_ptr": "i32",
+        "cache_ptr": "bf16",
+    }
     pointers |= {"x_code_ptr": "i32", "y_code_ptr": "i32"}
     if tma:
         pointers["x_ptr"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
@@ -144,10 +174,10 @@ def compiled_for(name: str, target: str, groups: bool = False, tma: bool = False
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_fits(name: str, target: str, groups: bool, tmp_path: Path) -> None:
-    assert_fits(compiled_for(name, target, groups), target, tmp_path)
+    assert_fits(compiled_for(name, target, groups), target, tmp_path, tensor_cores=name != "cached")
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "cached"])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_the_copy_engine_brings_the_operands(name: str, target: str, tmp_path: Path) -> None:
     compiled = compiled_for(name, target, groups=True, tma=True)

@@ -110,3 +110,10 @@ def check_groups(
         if ids.device != rows.device:
             raise ValueError(f"{name}: {label} must be on {rows.device}, got {ids.device}")
     return x_groups.to(torch.int64).contiguous(), y_groups.to(torch.int64).contiguous()
+
+
+def positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
+    """Returns scale · <x_i, y_{diagonal + i}>, (M,), in the accumulator's dtype."""
+    wide = accumulator(x.dtype)
+    partners = y[diagonal : diagonal + x.shape[0]]
+    return (x.to(wide) * partners.to(wide)).sum(1) * scale

@@ -1,4 +1,4 @@
-"""Triton kernels of `similarity_lse`, and the functions that launch them.
+"""Triton kernels of `similarity_lse`; `launch.py` launches them.
 
 The S = scale · x yᵀ tile is made twice: once for row and column sums of exp(S - c), once for a stripe of
 G = dL/dS in the inputs' dtype, which the library GEMM then multiplies with y and x. One constant shift
@@ -7,7 +7,8 @@ sums add up. Each program owns a block of tiles and its own row of the slabs of 
 in a fixed order: no atomics, bitwise the same every run. Sums too small to trust raise a flag on the device,
 and only then does the kernel with running maxima do anything; the host never waits.
 
-Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
+With a cache, the sums' kernel also stores exp(S - c) in bf16, whose exponents reach as far as fp32's; the
+backward then reads it instead of making S again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,32 +16,10 @@ Memory: slabs of at most 64·(M+N) floats, and a stripe of G of `_STRIPE_BYTES`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .. import native
-from ..stripes import gradient_unit, matmul
-from ..triton_tiles import (
-    Config,
-    config_for,
-    counted,
-    finite,
-    group_codes,
-    operands,
-    precision,
-    product_tile,
-    static_shift,
-)
-
-# log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
-_LOWEST_SUM = -59.8
-# programs along one side, at most; more tiles than that are looped over
-_SIDE = 64
-_STRIPE_BYTES = 256 * 2**20
+from ..triton_tiles import counted, finite, product_tile
 
 
 @triton.jit(do_not_specialize=["M", "group_m", "group_n", "diagonal"])
@@ -51,6 +30,7 @@ def similarity_lse_fwd_kernel_sums(
     shift_ptr,  # () f32
     row_slab_ptr,  # (programs along n, M) f32, zeros
     col_slab_ptr,  # (programs along m, N) f32, zeros
+    cache_ptr,  # (M, N) bf16, receives exp(S - shift)
     x_code_ptr,  # (M,) i32, groups
     y_code_ptr,  # (N,) i32
     diagonal,
@@ -62,6 +42,7 @@ def similarity_lse_fwd_kernel_sums(
     TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,6 +67,9 @@ def similarity_lse_fwd_kernel_sums(
             if GROUPS:
                 inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
             e = tl.where(inside, e, 0.0)
+            if CACHE:
+                p_cache = cache_ptr + offs_m[:, None] * N + offs_n[None, :]
+                tl.store(p_cache, e.to(tl.bfloat16), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
             row_sum += tl.sum(e, axis=1)
             if COLUMNS:
                 p_col = col_slab_ptr + i_m * N + offs_n
@@ -193,11 +177,16 @@ def similarity_lse_bwd_kernel_stripe(
     GROUPS: tl.constexpr,
     POSITIVES: tl.constexpr,
     SCALE: tl.constexpr,
+    CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if CACHE:
+        # a cache that can be trusted serves instead: the other kernel writes this stripe
+        if tl.load(flag_ptr) == 0:
+            return
     i_n = tl.program_id(0).to(tl.int64)
     i_m = tl.program_id(1).to(tl.int64)
     local_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -238,141 +227,65 @@ def similarity_lse_bwd_kernel_stripe(
     tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
 
 
-def online_config(config: Config) -> Config:
-    """Running maxima need more registers than plain sums; half as many columns leave room for them."""
-    return replace(config, block_n=max(16, config.block_n // 2))
-
-
-def _tiles(x: Tensor, y: Tensor, config: Config) -> tuple[int, int, int, int]:
-    """Programs along n and m, and tiles of each program along n and m."""
-    tiles_n, tiles_m = triton.cdiv(y.shape[0], config.block_n), triton.cdiv(x.shape[0], config.block_m)
-    group_n, group_m = triton.cdiv(tiles_n, _SIDE), triton.cdiv(tiles_m, _SIDE)
-    return triton.cdiv(tiles_n, group_n), triton.cdiv(tiles_m, group_m), group_n, group_m
-
-
-def _lse_of_slabs(slabs: Tensor, shift: Tensor, flag: Tensor) -> Tensor:
-    if slabs.is_cuda and native.has_cuda():
-        lse: Tensor = torch.ops.llm2clip_native.lse_from_slabs(slabs, shift, flag)
-        return lse
-    lse = slabs.sum(0).log() + shift
-    flag.logical_or_(((lse - shift >= _LOWEST_SUM) & lse.isfinite()).all().logical_not())
-    return lse
-
-
-def _merge_online(largest: Tensor, slabs: Tensor) -> Tensor:
-    top = largest.amax(0)
-    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
-    below = torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
-    return torch.where(slabs == 0, slabs, slabs * (below - top).exp()).sum(0).log() + top
-
-
-def forward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    columns: bool,
-    diagonal: int,
-    x_groups: Tensor,
-    y_groups: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Returns row_lse (M,) and col_lse (N,) or (0,), fp32.
-
-    x (M, D) and y (N, D): contiguous, one dtype of fp32, bf16, fp16; scale () fp32 on the device; groups (M,)
-    and (N,) int64 or empty: pairs of equal ones are left out, except (i, diagonal + i).
-    """
-    m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(x)
-    grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
-    programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
-    shift, flag = static_shift(x, y, scale)
-    flag = flag.reshape(1)
-    grid = (programs_n, programs_m)
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    rows = x.new_zeros(programs_n, m, dtype=torch.float32)
-    cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
-    *tiles, tma = operands(x, y, config)
-    similarity_lse_fwd_kernel_sums[grid](
-        *tiles, scale, shift, rows, cols, *codes, diagonal, m, n, d, group_m, group_n,
-        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
-    )  # fmt: skip
-    row_lse = _lse_of_slabs(rows, shift, flag)
-    col_lse = _lse_of_slabs(cols, shift, flag) if columns else cols.new_empty(0)
-    config = online_config(config)
-    programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
-    blocks["BLOCK_N"] = config.block_n
-    online_rows = x.new_zeros(programs_n, m, dtype=torch.float32)
-    online_cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
-    row_max, col_max = torch.full_like(online_rows, -torch.inf), torch.full_like(online_cols, -torch.inf)
-    *tiles, tma = operands(x, y, config)
-    similarity_lse_fwd_kernel_online[(programs_n, programs_m)](
-        *tiles, scale, flag, row_max, online_rows, col_max, online_cols, *codes, diagonal,
-        m, n, d, group_m, group_n,
-        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
-    )  # fmt: skip
-    raised = flag != 0
-    row_lse = torch.where(raised, _merge_online(row_max, online_rows), row_lse)
-    if columns:
-        col_lse = torch.where(raised, _merge_online(col_max, online_cols), col_lse)
-    return row_lse, col_lse
-
-
-def backward(
-    g_row: Tensor,
-    g_col: Tensor,
-    g_pos: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    diagonal: int,
-    x_groups: Tensor,
-    y_groups: Tensor,
-    need_x: bool,
-    need_y: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx (M, D), dy (N, D) and dscale, fp32, empty where not needed; arguments as in `chunked`."""
-    m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(x)
-    grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
-    columns, positives = g_col.numel() > 0, g_pos.numel() > 0
-    unit = gradient_unit(g_row, g_col, g_pos)
-    g_row, g_col, g_pos = g_row / unit, g_col / unit, g_pos / unit
-    shift, flag = static_shift(x, y, scale)
-    safe = (row_lse - shift >= _LOWEST_SUM) & row_lse.isfinite()
-    flag = flag | safe.all().logical_not()
-    if columns:
-        flag = flag | ((col_lse - shift >= _LOWEST_SUM) & col_lse.isfinite()).all().logical_not()
-    row_factor, col_factor = g_row * (shift - row_lse).exp(), g_col * (shift - col_lse[: g_col.numel()]).exp()
-    # whole tiles, so that only the last stripe is ragged
-    step = max(1, _STRIPE_BYTES // (x.element_size() * n) // config.block_m) * config.block_m
-    step = min(step, m)
-    tiles_n = triton.cdiv(n, config.block_n)
-    # a ragged stripe rounds its tiles up
-    tiles = sum(triton.cdiv(min(step, m - start), config.block_m) for start in range(0, m, step)) * tiles_n
-    stripe_buffer = x.new_empty(step, n)
-    dscale = x.new_zeros(tiles if need_scale else 0, dtype=torch.float32)
-    dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
-    dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
-    first_tile = 0
-    *operand, tma = operands(x, y, config)
-    for start in range(0, m, step):
-        stop = min(start + step, m)
-        grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
-        similarity_lse_bwd_kernel_stripe[grid](
-            *operand, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
-            *codes, stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
-            TMA=tma, COLUMNS=columns, GROUPS=grouped, POSITIVES=positives, SCALE=need_scale, PRECISION=precision(x),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        stripe = stripe_buffer[: stop - start]
-        if need_x:
-            dx[start:stop] = matmul(stripe, y)
-        if need_y:
-            product = matmul(stripe.T, x[start:stop])
-            dy = product if start == 0 else dy.add_(product)
-        first_tile += grid[0] * grid[1]
-    return dx.mul_(scale * unit), dy.mul_(scale * unit), dscale.sum() * unit
+@triton.jit(do_not_specialize=["first_tile", "start", "stop", "diagonal"])
+def similarity_lse_bwd_kernel_cached(
+    cache_ptr,  # (M, N) bf16: exp(S - shift), zero where left out
+    scale_ptr,  # () f32
+    shift_ptr,  # () f32
+    flag_ptr,  # () i32, nothing happens unless it is 0
+    row_factor_ptr,  # (M,) f32: g_row·exp(shift - row_lse)
+    col_factor_ptr,  # (N,) f32: g_col·exp(shift - col_lse)
+    g_pos_ptr,  # (M,) f32
+    pos_ptr,  # (M,) f32: the positives' logits, which bf16 would round
+    stripe_ptr,  # (stop - start, N): G
+    dscale_ptr,  # (all tiles of all stripes,) f32: partial sums of G·dot
+    first_tile,
+    start,
+    stop,
+    diagonal,
+    N,
+    COLUMNS: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    if tl.load(flag_ptr) != 0:
+        return
+    i_n = tl.program_id(0).to(tl.int64)
+    i_m = tl.program_id(1).to(tl.int64)
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    scale = tl.load(scale_ptr)
+    shift = tl.load(shift_ptr)
+    if COLUMNS:
+        col_factor = tl.load(col_factor_ptr + offs_n, mask=in_n, other=0.0)
+    total = 0.0
+    # a few rows at a time: the addresses of a whole tile would not fit the registers
+    for first in range(0, BLOCK_M, ROWS):
+        local_m = i_m * BLOCK_M + first + tl.arange(0, ROWS)
+        offs_m = start + local_m
+        in_m = offs_m < stop
+        inside = in_m[:, None] & in_n[None, :]
+        p_cache = cache_ptr + offs_m[:, None] * N + offs_n[None, :]
+        e = tl.load(p_cache, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(row_factor_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        if COLUMNS:
+            factor = factor + col_factor[None, :]
+        if POSITIVES:
+            own = (offs_m + diagonal).to(tl.int32)[:, None] == offs_n.to(tl.int32)[None, :]
+            pos = tl.load(pos_ptr + offs_m, mask=in_m, other=0.0)
+            g_pos = tl.load(g_pos_ptr + offs_m, mask=in_m, other=0.0)
+            e = tl.where(own, tl.exp(pos - shift)[:, None], e)
+            g = e * factor + tl.where(own, g_pos[:, None], 0.0)
+        else:
+            g = e * factor
+        if SCALE:
+            # log takes the logit back to within 2^-8; at scale 0 the launcher has another way
+            logits = tl.log(e) + shift
+            total += tl.sum(tl.sum(tl.where(inside & (e > 0.0), g * logits, 0.0), axis=1), axis=0)
+        p_stripe = stripe_ptr + local_m[:, None] * N + offs_n[None, :]
+        tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
+    if SCALE:
+        tl.store(dscale_ptr + first_tile + i_m * tl.num_programs(0) + i_n, total / scale)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
+from ..checks import (
+    accumulator,
+    autocast_inputs,
+    check_groups,
+    check_pair,
+    full_precision,
+    positive_logits,
+    scale_tensor,
+)
 from . import chunked, plain
 
 Directions = Literal["both", "rows"]
@@ -32,10 +40,16 @@ _SMALL_PAIRS = _env.small_pairs()
 NO_DIAGONAL = -1
 
 
-def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
-    wide = accumulator(x.dtype)
-    partners = y[diagonal : diagonal + x.shape[0]]
-    return (x.to(wide) * partners.to(wide)).sum(1) * scale
+def _cache_for(x: Tensor, y: Tensor, wanted: bool) -> tuple[int, torch.dtype]:
+    """How many exponentials are kept, and as what.
+
+    Plain torch has no use for a cache and recomputes, which costs time and never memory. A GPU keeps bf16, which
+    reaches as far as fp32 and takes half the reading, for inputs that are no more exact than that.
+    """
+    chosen = backend.choose(x.device, x.dtype)
+    serves = chosen == "native" or (chosen == "triton" and x.dtype != torch.float32)
+    kept = x.shape[0] * y.shape[0] if wanted and serves else 0
+    return kept, torch.bfloat16 if chosen == "triton" else accumulator(x.dtype)
 
 
 @torch.library.custom_op("llm2clip_kernels::similarity_lse", mutates_args=())
@@ -66,17 +80,19 @@ def _forward(
             _CPU_TILE,
         )
         return outputs
-    if chosen == "triton":
-        from . import kernel
+    kept, cache_dtype = _cache_for(x, y, cached)
+    # a custom op runs under its caller's autocast
+    with full_precision(x.device):
+        if chosen == "triton":
+            from . import launch
 
-        row, col = kernel.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
-    else:
-        # the custom op runs under its caller's autocast
-        with full_precision(x.device):
+            row, col, cache = launch.forward(x, y, scale, columns, diagonal, x_groups, y_groups, kept > 0)
+        else:
             row, col = chunked.forward(x, y, scale, columns, diagonal, x_groups, y_groups)
-    pos = x.new_empty(0, dtype=wide) if diagonal < 0 else _positive_logits(x, y, scale, diagonal)
+            cache = x.new_empty(kept, dtype=cache_dtype)
+    pos = x.new_empty(0, dtype=wide) if diagonal < 0 else positive_logits(x, y, scale, diagonal)
     low = x.new_zeros(row.numel() + col.numel() + pos.numel(), dtype=wide)
-    return row, col, pos, low, x.new_empty(x.shape[0] * y.shape[0] if cached else 0, dtype=wide)
+    return row, col, pos, low, cache
 
 
 @_forward.register_fake
@@ -92,12 +108,13 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
     dtype = accumulator(x.dtype)
+    kept, cache_dtype = _cache_for(x, y, cached)
     return (
         x.new_empty(m, dtype=dtype),
         x.new_empty(n if columns else 0, dtype=dtype),
         x.new_empty(0 if diagonal < 0 else m, dtype=dtype),
         x.new_empty(m + (n if columns else 0) + (0 if diagonal < 0 else m), dtype=dtype),
-        x.new_empty(m * n if cached else 0, dtype=dtype),
+        x.new_empty(kept, dtype=cache_dtype),
     )
 
 
@@ -129,16 +146,19 @@ def _backward(
             diagonal, x_groups, y_groups, need_x, need_y, need_scale, _CPU_TILE,
         )  # fmt: skip
     else:
-        implementation: Any = chunked
-        if chosen == "triton":
-            from . import kernel
-
-            implementation = kernel
         with full_precision(x.device):
-            dx, dy, dscale = implementation.backward(
-                g_row, g_col, g_pos, x, y, scale, row_lse, col_lse,
-                diagonal, x_groups, y_groups, need_x, need_y, need_scale,
-            )  # fmt: skip
+            if chosen == "triton":
+                from . import launch
+
+                dx, dy, dscale = launch.backward(
+                    g_row, g_col, g_pos, x, y, scale, row_lse, col_lse, cache,
+                    diagonal, x_groups, y_groups, need_x, need_y, need_scale,
+                )  # fmt: skip
+            else:
+                dx, dy, dscale = chunked.backward(
+                    g_row, g_col, g_pos, x, y, scale, row_lse, col_lse,
+                    diagonal, x_groups, y_groups, need_x, need_y, need_scale,
+                )  # fmt: skip
     dscale = dscale.reshape(()).to(scale.dtype) if need_scale else scale.new_zeros(())
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
@@ -204,12 +224,12 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _wants_cache(method: str, x: Tensor, y: Tensor, scale: Tensor) -> bool:
     if method not in ("auto", "recompute", "cached"):
         raise ValueError(f"method must be 'auto', 'recompute' or 'cached', got {method!r}")
-    # only the C++ kernel reads a cache; the others recompute, which costs time and never memory
-    if method == "recompute" or x.device.type != "cpu" or x.dtype == torch.float64:
+    if method == "recompute" or x.dtype == torch.float64:
         return False
     if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)):
         return False
-    return method == "cached" or 4 * x.shape[0] * y.shape[0] <= _CACHE_BUDGET
+    each = 4 if x.device.type == "cpu" else 2
+    return method == "cached" or each * x.shape[0] * y.shape[0] <= _CACHE_BUDGET
 
 
 def similarity_lse_with_positives(
