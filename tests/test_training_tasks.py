@@ -21,6 +21,7 @@ from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataEr
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, DataSettings, EmbedSettings, LLMSettings
+from llm2clip.training import gradient_cache
 from llm2clip.training.clip_task import ClipTask, pick_caption
 from llm2clip.training.llm_task import CaptionPairEmbedder, LLMTask, PairTokens
 from llm2clip.training.loop import train
@@ -322,6 +323,51 @@ def test_pairs_keep_their_order_whatever_their_lengths(kit: Kit) -> None:
     for name, texts in (("short", short), ("long", long)):
         one_by_one = torch.cat([encoder.encode([text]) for text in texts])
         torch.testing.assert_close(out[name], one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_packs_of_tokens_give_the_gradients_of_one_padded_batch(kit: Kit, tmp_path: Path) -> None:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, layout, budget in (("padded", "padded", 0), ("whole", "packed", 0), ("cached", "packed", 90)):
+        settings = kit.llm_stage(tmp_path / name, dropout=0.0, batch_size=10)
+        settings = replace(settings, token_budget=budget, llm=replace(settings.llm, layout=layout))
+        task = LLMTask(settings, ALONE)
+        assert task.encoder.layout == layout
+        with torch.no_grad():
+            for parameter_name, parameter in task.module.named_parameters():
+                if "lora_B" in parameter_name:  # zero at the start, which would hide gradients of A
+                    torch.manual_seed(len(parameter_name))
+                    parameter.normal_(std=0.1)
+        _, samples = next(task.batches(0, 0))
+        chunks = task.chunks(samples, 0)
+        assert sorted(len(t.ids) for c in chunks for t in c.long) == sorted(
+            len(t.ids) for t in task.encoder.tokenize([pair.long for pair in without_duplicates(samples)])
+        )
+        if budget:
+            assert len(chunks) > 2
+            for chunk in chunks:
+                tokens = sum(len(t.ids) for t in (*chunk.short, *chunk.long))
+                assert tokens <= budget or len(chunk) == 1
+        gradient_cache.backward(task.module, chunks, task.loss, ALONE.device)
+        found[name] = {n: p.grad.clone() for n, p in task.module.named_parameters() if p.grad is not None}
+    for name, gradient in found["padded"].items():
+        scale = gradient.abs().max().item()
+        assert scale > 0
+        for other in ("whole", "cached"):
+            torch.testing.assert_close(found[other][name], gradient, rtol=1e-3, atol=1e-5 * scale + 1e-8)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_run_by_token_budget_resumes_bitwise(kit: Kit, tmp_path: Path, layout: Any) -> None:
+    def settings(out: Path) -> Any:
+        base = kit.llm_stage(out, steps=4, save_every=2)
+        return replace(base, token_budget=120, llm=replace(base.llm, layout=layout))
+
+    finetune_llm(settings(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        part = settings(tmp_path / "parts")
+        train(interrupt(LLMTask(part, ALONE), 3), part.run, part.optim, ALONE)
+    finetune_llm(settings(tmp_path / "parts"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_the_logit_scale_stays_in_its_bounds(kit: Kit, tmp_path: Path) -> None:
