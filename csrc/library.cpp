@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " Tensor row_lse, Tensor col_lse, Tensor low, Tensor cache, int diagonal, Tensor x_groups,"
       " Tensor y_groups, bool need_x, bool need_y, bool need_scale, int tile) -> (Tensor, Tensor, Tensor)");
   m.def("lse_from_slabs(Tensor slabs, Tensor shift, Tensor(a!) flag) -> Tensor");
+  m.def(
+      "sigmoid_loss(Tensor x, Tensor y, float scale, float bias, Tensor x_groups, Tensor y_groups, int diagonal,"
+      " Tensor weight, bool need_x, bool need_y, bool need_scale, bool need_bias, int tile)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
   m.def("l2_normalize_forward(Tensor x, float eps, bool to_bfloat16) -> (Tensor, Tensor)");
   m.def(

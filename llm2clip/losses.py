@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from llm2clip_kernels.losses import ClipLoss, CoCaLoss, DistillClipLoss, HardNegativeNLLLoss
+from llm2clip_kernels.losses import ClipLoss, CoCaLoss, DistillClipLoss, HardNegativeNLLLoss, SigLipLoss
 
-__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss"]
+__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss", "SigLipLoss"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backend import build_info
-from .contrastive import distill_loss, infonce_loss, nll_loss
+from .contrastive import distill_loss, infonce_loss, nll_loss, sigmoid_loss
 from .l2_normalize import l2_normalize
 from .packed_attention import packed_attention
 from .segment_mean import segment_mean
@@ -18,6 +18,7 @@ __all__ = [
     "nll_loss",
     "packed_attention",
     "segment_mean",
+    "sigmoid_loss",
     "similarity_distill",
     "similarity_lse",
 ]

@@ -65,19 +65,22 @@ def check_pair(x: Tensor, y: Tensor, name: str) -> None:
         )
 
 
-def scale_tensor(scale: Tensor | float, like: Tensor, name: str) -> Tensor:
-    """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient."""
+def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "scale") -> Tensor:
+    """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient.
+
+    `label` is what messages call it, e.g. "bias".
+    """
     dtype = accumulator(like.dtype)
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(
-                f"{name}: scale must be a number or a 1-element tensor, got shape {tuple(scale.shape)}"
+                f"{name}: {label} must be a number or a 1-element tensor, got shape {tuple(scale.shape)}"
             )
         if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
-            raise TypeError(f"{name}: scale must be a real number, got {scale.dtype}")
+            raise TypeError(f"{name}: {label} must be a real number, got {scale.dtype}")
         return scale.reshape(()).to(device=like.device, dtype=dtype)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"{name}: scale must be a number or a 1-element tensor, got {type(scale).__name__}")
+        raise TypeError(f"{name}: {label} must be a number or a 1-element tensor, got {type(scale).__name__}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)
 
 

@@ -6,5 +6,6 @@ from .coca import CoCaLoss
 from .distill import DistillClipLoss
 from .llm2vec import HardNegativeNLLLoss
 from .open_clip import ClipLoss
+from .siglip import SigLipLoss
 
-__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss"]
+__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss", "SigLipLoss"]
