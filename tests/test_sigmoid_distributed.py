@@ -68,7 +68,7 @@ def check_one(
 
     part = leaves(x[mine], y[yours], *scalars(torch.float32 if dtype == torch.bfloat16 else dtype))
     options: Any = {"x_groups": x_ids[mine], "y_groups": y_ids[yours]} if grouped else {}
-    options |= {"group": group, "gather": True, "ring": ring, "grad_reduction": convention}
+    options |= {"group": group, "gather": "ring" if ring else True, "grad_reduction": convention}
     loss = sigmoid_loss(part[0], part[1], part[2], part[3], reduction=reduction, **options)
     (1.3 * loss * (weight[mine] if reduction == "none" else 1.0)).sum().backward()
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-11
@@ -109,21 +109,21 @@ def check_ring_holds_two_parts(rank: int, world: int) -> None:
     """Nothing is computed on more than one rank's y, gradients of frozen inputs do not travel, nor without grad."""
     seen: list[int] = []
     sent: list[Tensor] = []
-    real_compute, real_pass = sigmoid_ring.compute, sigmoid_ring.Ring.pass_on
+    real_compute, real_pass = sigmoid_ring.compute, sigmoid_ring.Links.pass_on
 
     def compute(x: Tensor, y: Tensor, *args: Any) -> Any:
         seen.append(len(y))
         return real_compute(x, y, *args)
 
-    def pass_on(self: Any, rows: Tensor, arriving: Tensor) -> Any:
-        sent.append(rows)
-        return real_pass(self, rows, arriving)
+    def pass_on(self: Any, mine: Tensor, rows: int) -> Any:
+        sent.append(mine)
+        return real_pass(self, mine, rows)
 
-    sigmoid_ring.compute, sigmoid_ring.Ring.pass_on = compute, pass_on  # type: ignore[assignment, method-assign]
+    sigmoid_ring.compute, sigmoid_ring.Links.pass_on = compute, pass_on  # type: ignore[assignment, method-assign]
     x, y = features(4, rank, torch.bfloat16), features(4, 10 + rank, torch.bfloat16)
     for need_y, hops in ((False, world - 1), (True, 2 * world - 1)):
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_(need_y)
-        sigmoid_loss(a, b, 10.0, -10.0, gather=True, ring=True).backward()
+        sigmoid_loss(a, b, 10.0, -10.0, gather="ring").backward()
         assert seen == [4] * world and len(sent) == hops
         # y travels as it is, its gradient in fp32: summed in bf16 it would lose what each rank kept
         assert [t.dtype for t in sent].count(torch.bfloat16) == world - 1
@@ -131,7 +131,7 @@ def check_ring_holds_two_parts(rank: int, world: int) -> None:
         seen.clear()
         sent.clear()
     with torch.no_grad():
-        loss = sigmoid_loss(x, y, 10.0, -10.0, gather=True, ring=True)
+        loss = sigmoid_loss(x, y, 10.0, -10.0, gather="ring")
     assert not loss.requires_grad and len(sent) == world - 1
 
 

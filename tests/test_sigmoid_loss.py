@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -160,6 +161,53 @@ def test_the_chunked_path_and_its_stripes(monkeypatch: pytest.MonkeyPatch) -> No
         for rows in (False, True):
             x, y = features(300, 20, dtype), features(310, 20, dtype)
             assert_as_good_as_torch(x, y, 10.0, -10.0, rows=rows)
+
+
+@pytest.mark.parametrize("kind", ["plain", "native", "chunked"])
+def test_autocast_takes_no_bits_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 2**30 if kind == "plain" else 0)
+    if kind == "chunked":
+        monkeypatch.setattr(backend, "choose", lambda *_: "chunked")
+    inputs = [features(20, 8), features(20, 8), torch.tensor(10.0), torch.tensor(-5.0)]
+    for reduction in ("mean", "none"):
+        upstream = torch.ones(1 if reduction == "mean" else 20)
+        want = run(sigmoid_loss, inputs, upstream, reduction=reduction)
+        forward = torch.autocast("cpu", dtype=torch.bfloat16)(sigmoid_loss)
+        got = run(forward, inputs, upstream, reduction=reduction)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["sum", "rows"])
+def test_tiles_shared_among_threads(rows: bool, three_threads: None) -> None:
+    """Several workers and several stripes; then one worker, whose blocks the threads share."""
+    x, y = features(1050, 8), features(900, 8)
+    assert_as_good_as_torch(x, y, 10.0, -10.0, rows=rows)
+    assert_as_good_as_torch(x, y[:30], 10.0, -10.0, rows=rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_batches_in_plain_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the limit no op is called; above it one is; the results are the same."""
+    monkeypatch.setattr(op_module, "_SMALL_PAIRS", 9 * 12)
+    called: list[int] = []
+    real = op_module.compute
+    monkeypatch.setattr(op_module, "compute", lambda *a: (called.append(1), real(*a))[1])
+    ids = {"x_groups": torch.arange(9) // 2, "y_groups": torch.arange(12) // 3}
+    for rows in (False, True):
+        for options in ({}, ids):
+            inputs = features(9, 16, dtype), features(12, 16, dtype), 10.0, -5.0
+            assert_as_good_as_torch(*inputs, rows=rows, **options)
+    assert not called
+    sigmoid_terms(features(9, 16, dtype), features(13, 16, dtype), 10.0, -5.0)
+    assert called
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -349,6 +397,7 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, Y, 1.0, 0.0), {"x_groups": [0, 1, 2]}, TypeError, "integer tensor, got list"),
     ((X, Y, 1.0, 0.0), {"reduction": "max"}, ValueError, "reduction"),
     ((X, Y, 1.0, 0.0), {"grad_reduction": "mean"}, ValueError, "grad_reduction"),
+    ((X, Y, 1.0, 0.0), {"gather": "bidir"}, ValueError, "gather must be"),
 ]  # fmt: skip
 
 

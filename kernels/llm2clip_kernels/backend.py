@@ -93,7 +93,7 @@ def build_info() -> dict[str, Any]:
                     for device in devices
                     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
                 }
-                for op in ("similarity_distill", "similarity_lse")
+                for op in ("sigmoid_loss", "similarity_distill", "similarity_lse")
             },
         },
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
-from ..checks import check_groups, check_pair
+from ..checks import autocast_inputs, check_groups, check_pair
 from ..distributed import Group
 from ..sigmoid_loss.op import sigmoid_terms
-from .common import GradReduction, Reduction, check_options, reduce_terms, uses_group
+from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
 from .sigmoid_ring import ring_terms
+from .statistics import Transport
 
 
 def local_sigmoid_terms(
@@ -24,8 +27,7 @@ def local_sigmoid_terms(
     rows: bool = False,
     weight: float = 1.0,
     group: Group = None,
-    distributed_: bool = False,
-    ring: bool = False,
+    transport: Transport = "local",
 ) -> tuple[Tensor, int]:
     """This rank's rows of x against everybody's y.
 
@@ -33,15 +35,16 @@ def local_sigmoid_terms(
         x, y, scale, bias, x_groups, y_groups: as in `sigmoid_loss`.
         rows: losses per row instead of their sum.
         weight: factor of this rank's sum (not of rows); may differ between ranks.
-        group, distributed_: the ranks that take part, when `distributed_`.
-        ring: pass the parts of y around instead of gathering them. The upstream gradient of the sum must then be
-            the same on every rank: y's gradient travels, already added up, in the forward.
+        group: the ranks that take part.
+        transport: "local" for none of them, "gather", or "ring": then the upstream gradient of the sum must be the
+            same on every rank, since y's gradient travels, already added up, in the forward.
 
     Returns:
         () sum or (M,) losses of this rank's rows, with the gradient of the sum over all ranks' results; and the
         number of rows of x over all ranks.
     """
-    if not distributed_:
+    x, y = autocast_inputs(x, y)
+    if transport == "local":
         terms = sigmoid_terms(x, y, scale, bias, x_groups=x_groups, y_groups=y_groups, rows=rows)
         return terms if rows else terms * weight, x.shape[0]
     counts = distributed.row_counts(y.shape[0], group, y.device)
@@ -50,7 +53,7 @@ def local_sigmoid_terms(
         total = sum(distributed.row_counts(x.shape[0], group, x.device))
     if y_groups is not None:
         y_groups = distributed.gather_rows(y_groups, counts, group)
-    if ring:
+    if transport == "ring":
         terms = ring_terms(
             x, y, scale, bias, x_groups, y_groups, counts=counts, rows=rows, weight=weight, group=group
         )
@@ -73,8 +76,7 @@ def sigmoid_loss(
     y_groups: Tensor | None = None,
     reduction: Reduction = "mean",
     group: Group = None,
-    gather: bool | None = None,
-    ring: bool = False,
+    gather: bool | Literal["ring"] | None = None,
     grad_reduction: GradReduction = "ddp_mean",
 ) -> Tensor:
     """Sigmoid loss (SigLIP, arXiv 2303.15343) in O((M+N)·D) memory, value and gradients from one sweep.
@@ -94,10 +96,10 @@ def sigmoid_loss(
             "none": (M,) sums of this rank's rows over everybody's y, at the cost of a fourth matmul.
         group: process group whose ranks' y are candidates too. Ranks may hold different numbers of rows; all
             must agree on which inputs need gradients.
-        gather: whether to use other ranks' rows; None: exactly when `group` is given.
-        ring: with a group, pass the parts of y (and their gradients) from rank to rank while the one at hand is
-            computed on, instead of gathering them: O(M·D) memory for any number of ranks. The backward must
-            start from the same upstream gradient on every rank.
+        gather: whether to use other ranks' rows; None: exactly when `group` is given. "ring" passes the parts of y
+            (and their gradients) from rank to rank while the one at hand is computed on, instead of gathering
+            them: O(M·D) memory for any number of ranks. Its backward must start from the same upstream gradient
+            on every rank.
         grad_reduction: what happens to parameter gradients afterwards. "ddp_mean": averaged over the ranks as
             DDP does (inputs' gradients come multiplied by the number of ranks); "sum": summed.
 
@@ -111,6 +113,9 @@ def sigmoid_loss(
         >>> loss = sigmoid_loss(image_features, text_features, logit_scale.exp(), logit_bias)
     """
     check_options("sigmoid_loss", reduction, grad_reduction)
+    transport = transport_of(group, gather, "sigmoid_loss")
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        x, y = autocast_inputs(x, y)
     check_pair(x, y, "sigmoid_loss")
     if x_groups is None and y_groups is not None:
         raise ValueError("sigmoid_loss: y_groups without x_groups; give the ids of both")
@@ -123,9 +128,8 @@ def sigmoid_loss(
     y_groups = x_groups if y_groups is None else y_groups
     # before anything travels: an error on one rank would leave the others waiting
     check_groups(x_groups, y_groups, x, y, "sigmoid_loss")
-    over_ranks = uses_group(group, gather)
     terms, total = local_sigmoid_terms(
         x, y, scale, bias, x_groups=x_groups, y_groups=y_groups, rows=reduction == "none",
-        group=group, distributed_=over_ranks, ring=ring,
+        group=group, transport=transport,
     )  # fmt: skip
-    return reduce_terms(terms, total, reduction, grad_reduction, group, over_ranks)
+    return reduce_terms(terms, total, reduction, grad_reduction, group, transport != "local")

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_pair
+from ..checks import autocast_inputs, check_pair
 from ..contrastive.sigmoid import local_sigmoid_terms
+from ..contrastive.statistics import Transport
 
 _GATHERED = ("reduce", "gather")
 _RING = ("bidir", "shift")
@@ -88,6 +89,7 @@ class SigLipLoss(nn.Module):
         Returns:
             0-dim sum over this rank's images and everybody's texts, over B.
         """
+        image_features, text_features = autocast_inputs(image_features, text_features)
         check_pair(image_features, text_features, "SigLipLoss")
         if image_features.shape[0] != text_features.shape[0]:
             raise ValueError(
@@ -105,7 +107,11 @@ class SigLipLoss(nn.Module):
             logit_scale,
             0.0 if logit_bias is None else logit_bias,
             weight=1.0 / image_features.shape[0],
-            distributed_=self.world_size > 1,
-            ring=self.dist_impl in _RING,
+            transport=self._transport(),
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _transport(self) -> Transport:
+        if self.world_size <= 1:
+            return "local"
+        return "ring" if self.dist_impl in _RING else "gather"

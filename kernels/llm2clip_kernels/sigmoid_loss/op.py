@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import accumulator, check_groups, check_pair, scale_tensor
+from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
 from . import chunked
 from .reference import sigmoid_loss_reference
 
@@ -55,9 +55,10 @@ def compute(
         from . import kernel
 
         implementation = kernel
-    computed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.compute(
-        x, y, scale.detach(), bias.detach(), x_groups, y_groups, diagonal, weight, *needs
-    )
+    with full_precision(x.device):
+        computed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation.compute(
+            x, y, scale.detach(), bias.detach(), x_groups, y_groups, diagonal, weight, *needs
+        )
     return computed
 
 
@@ -291,6 +292,8 @@ def sigmoid_terms(
     Raises:
         TypeError, ValueError: inputs that do not fit.
     """
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        x, y = autocast_inputs(x, y)
     check_pair(x, y, "sigmoid_loss")
     groups = check_groups(x_groups, y_groups, x, y, "sigmoid_loss")
     factor = scale_tensor(scale, x, "sigmoid_loss")
@@ -298,7 +301,8 @@ def sigmoid_terms(
     if x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
         # launching kernels costs more than the matrix; widened, the products are those the kernels accumulate
         wide = factor.dtype
-        losses = sigmoid_loss_reference(x.to(wide), y.to(wide), factor, offset, *groups, diagonal)
+        with full_precision(x.device):
+            losses = sigmoid_loss_reference(x.to(wide), y.to(wide), factor, offset, *groups, diagonal)
         return losses if rows else losses.sum()
     if rows:
         return _rows(x, y, factor, offset, *groups, diagonal)
