@@ -170,7 +170,7 @@ def test_library_is_loaded_and_right(context: Context, monkeypatch: pytest.Monke
         return
     assert checks.library(context)["running_on"] == torch.__version__
     monkeypatch.setattr(
-        checks, "similarity_lse", lambda x, y, scale: (torch.zeros(len(x)), torch.zeros(len(y)))
+        checks, "similarity_lse", lambda x, y, scale, **_: (torch.zeros(len(x)), torch.zeros(len(y)))
     )
     with pytest.raises(AssertionError, match="similarity_lse is wrong"):
         checks.library(context)
@@ -204,8 +204,8 @@ def test_an_index_that_wraps_is_found(
 ) -> None:
     right = checks.similarity_lse
 
-    def wrapped(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        row, col = right(x, y, scale)
+    def wrapped(x: Tensor, y: Tensor, scale: float, **more: Any) -> tuple[Tensor, Tensor]:
+        row, col = right(x, y, scale, **more)
         if spoiled == "dx":
             # the last rows' gradient is that of others
             row, col = row.clone(), col

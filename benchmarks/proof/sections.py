@@ -93,6 +93,7 @@ SECTIONS = (
     Section("contrastive_small", "speed:contrastive_small", 60),
     Section("siblings", "speed:siblings", 180),
     Section("targets", "speed:targets", 20),
+    Section("captions", "speed:captions", 240, by_default=False),
     Section("ncu", "tools:ncu", 120, by_default=False),
 )
 
