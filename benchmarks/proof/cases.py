@@ -73,14 +73,16 @@ def _similarity_lse_online(device: str, dtype: torch.dtype) -> Compute:
 def _infonce(device: str, dtype: torch.dtype) -> Compute:
     pair = [features(M, D, device, dtype, 0), features(M, D, device, dtype, 1)]
     return with_gradients(
-        lambda x, y, s: kernels.infonce_loss(x, y, s, label_smoothing=0.1, method=METHOD), [*pair, scalar(20.0, device)]
+        lambda x, y, s: kernels.infonce_loss(x, y, s, label_smoothing=0.1, method=METHOD),
+        [*pair, scalar(20.0, device)],
     )
 
 
 def _nll(device: str, dtype: torch.dtype) -> Compute:
     x, y, negatives = (features(n, D, device, dtype, i) for i, n in enumerate((M, M, N)))
     return with_gradients(
-        lambda x, y, z, s: kernels.nll_loss(x, y, z, s, method=METHOD), [x, y, negatives, scalar(20.0, device)]
+        lambda x, y, z, s: kernels.nll_loss(x, y, z, s, method=METHOD),
+        [x, y, negatives, scalar(20.0, device)],
     )
 
 
@@ -88,7 +90,8 @@ def _infonce_groups(device: str, dtype: torch.dtype) -> Compute:
     pair = [features(M, D, device, dtype, 0), features(M, D, device, dtype, 1)]
     groups = torch.arange(M, device=device) // 3
     return with_gradients(
-        lambda x, y, s: kernels.infonce_loss(x, y, s, groups=groups, method=METHOD), [*pair, scalar(20.0, device)]
+        lambda x, y, s: kernels.infonce_loss(x, y, s, groups=groups, method=METHOD),
+        [*pair, scalar(20.0, device)],
     )
 
 

@@ -19,7 +19,9 @@ from benchmarks.proof.sections import Context
 # suites that have a section of their own, or that measure the host alone
 _NOT_SIBLINGS = {"bench_similarity", "bench_host", "bench_embed", "bench_llm_step"}
 # what they measure on a GPU where that is not their default
-_GPU_ARGUMENTS = {"bench_sigmoid": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]}
+_GPU_ARGUMENTS = {
+    "bench_sigmoid": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]
+}
 
 # what the loss must reach on an H200, bf16, forward and backward: (N, D) -> milliseconds
 TARGET_MS = {
@@ -59,7 +61,7 @@ def ceilings(context: Context) -> dict[str, Any]:
                 work, rounds=3 if context.dry else 15, warmup_seconds=0.3, device=device
             )
             for name, seconds in times.items():
-                row = {"op": name, "n": n, "d": d, "dtype": str(dtype).removeprefix("torch.")}
+                row: dict[str, Any] = {"op": name, "n": n, "d": d, "dtype": str(dtype).removeprefix("torch.")}
                 row |= {key: round(value, 4) for key, value in harness.summarize(seconds).items()}
                 row["tflops"] = round(2 * n * n * d / row["median_ms"] / 1e9, 2)
                 rows.append(row)
