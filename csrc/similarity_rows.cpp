@@ -137,7 +137,11 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
     // read before `out`, which may be the same memory, is written
     const float positive_dot = has_positive ? in[positive] : 0.0f;
     const float row_factor = a.row_factor[i];
-    const float row_lse = a.row_lse[i];
+    float row_lse = a.row_lse[i];
+    if constexpr (grouped) {
+      // nothing is left of such a row: exp must be zero, in the lanes past its end too
+      if (row_lse == -std::numeric_limits<float>::infinity()) row_lse = std::numeric_limits<float>::infinity();
+    }
     Floats weighted{};
     // cached rows hold exponentials already: no scale
     const float scale = mode == GradMode::kCached ? 1.0f : a.scale;

@@ -85,6 +85,18 @@ def test_a_row_with_nothing_left(method: Any, monkeypatch: pytest.MonkeyPatch) -
     assert x.grad[[0, 2, 3, 4]].ne(0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("columns", [1, 6, 16, 40])
+def test_a_row_with_nothing_left_keeps_the_scale_finite(columns: int) -> None:
+    """Also in the lanes of a vector register past the row's end."""
+    scale = torch.tensor(10.0, requires_grad=True)
+    ids = torch.zeros(columns, dtype=torch.int64)
+    row, _, _, _ = similarity_lse_with_positives(
+        features(1, 4), features(columns, 4), scale, directions="rows", x_groups=ids[:1], y_groups=ids
+    )
+    torch.logaddexp(row, torch.zeros_like(row)).sum().backward()
+    assert scale.grad is not None and scale.grad == 0
+
+
 def test_a_left_out_row_may_hold_anything() -> None:
     x, y = features(4, 4), features(4, 4)
     clean, _, _, _ = similarity_lse_with_positives(x[:3], y, 10.0)

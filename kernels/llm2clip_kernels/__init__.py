@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backend import build_info
-from .contrastive import distill_loss, infonce_loss, nll_loss, sigmoid_loss
+from .contrastive import distill_loss, infonce_loss, nll_loss, ranking_loss, sigmoid_loss
 from .l2_normalize import l2_normalize
 from .packed_attention import packed_attention
 from .segment_mean import segment_mean
@@ -17,6 +17,7 @@ __all__ = [
     "l2_normalize",
     "nll_loss",
     "packed_attention",
+    "ranking_loss",
     "segment_mean",
     "sigmoid_loss",
     "similarity_distill",

@@ -180,12 +180,14 @@ class _ReportSum(torch.autograd.Function):
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
-        ctx.factor = factor
+        ctx.number = None if isinstance(factor, Tensor) else factor
+        ctx.save_for_backward(factor if isinstance(factor, Tensor) else None)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return (grads[0] * ctx.factor).to(grads[0].dtype), None
+        factor = ctx.saved_tensors[0] if ctx.number is None else ctx.number
+        return (grads[0] * factor).to(grads[0].dtype), None
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Group) -> Tensor:

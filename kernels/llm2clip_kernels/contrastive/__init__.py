@@ -6,6 +6,7 @@ from .common import GradReduction, Reduction, zero_of
 from .distillation import distill_loss, distill_terms
 from .infonce import infonce_loss, symmetric_terms
 from .nll import nll_loss
+from .ranking import ranking_loss
 from .sigmoid import sigmoid_loss
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "distill_terms",
     "infonce_loss",
     "nll_loss",
+    "ranking_loss",
     "sigmoid_loss",
     "symmetric_terms",
     "zero_of",
