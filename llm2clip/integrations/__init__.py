@@ -1,0 +1,1 @@
+"""Entry points into other libraries, each in a module of its own that imports its host."""
