@@ -95,20 +95,23 @@ def test_arithmetic_in_the_interpreter(tmp_path: Path) -> None:
     run_interpreted(INTERPRETED, tmp_path)
 
 
-def compiled_for(target: str, *, grouped: bool, gradients: bool) -> Any:
+def compiled_for(target: str, *, grouped: bool, gradients: bool, tma: bool = False) -> Any:
     config = target_config(target)
     constants = {
-        "GROUPS": grouped, "WEIGHTS": grouped, "STRIPE": gradients, "SCALE": gradients, "BIAS": gradients,
+        "TMA": tma, "GROUPS": grouped, "WEIGHTS": grouped, "STRIPE": gradients, "SCALE": gradients, "BIAS": gradients,
         "LIFT": 1.0, "PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     pointers = {
+        "stripe_ptr": "bf16",
+        "x_code_ptr": "i32",
+        "y_code_ptr": "i32",
         "x_ptr": "bf16",
         "y_ptr": "bf16",
-        "stripe_ptr": "bf16",
-        "x_group_ptr": "i64",
-        "y_group_ptr": "i64",
     }
+    if tma:
+        pointers["x_ptr"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
+        pointers["y_ptr"] = f"tensordesc<bf16[{config.block_n}, {config.block_k}]>"
     return cross_compile(kernel.sigmoid_loss_kernel_stripe, target, constants, pointers, config)
 
 
@@ -118,6 +121,14 @@ def compiled_for(target: str, *, grouped: bool, gradients: bool) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_fits(target: str, grouped: bool, gradients: bool, tmp_path: Path) -> None:
     assert_fits(compiled_for(target, grouped=grouped, gradients=gradients), target, tmp_path)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["value", "both"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_copy_engine_brings_the_operands(target: str, gradients: bool, tmp_path: Path) -> None:
+    compiled = compiled_for(target, grouped=gradients, gradients=gradients, tma=True)
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert_fits(compiled, target, tmp_path)
 
 
 def test_offsets_are_64_bit() -> None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stripes import gradient_unit, matmul
-from ..triton_tiles import config_for, dots_tile, group_codes, precision
+from ..triton_tiles import config_for, group_codes, operands, precision, product_tile
 from .chunked import gradient_lift
 
 _STRIPE_BYTES = 256 * 2**20
@@ -43,8 +43,8 @@ def log1p_of_unit(e):
 
 @triton.jit(do_not_specialize=["M", "first_tile", "start", "stop", "diagonal"])
 def sigmoid_loss_kernel_stripe(
-    x_ptr,  # (M, D)
-    y_ptr,  # (N, D)
+    x_ptr,  # (M, D), or its descriptor
+    y_ptr,  # (N, D), or its descriptor
     scale_ptr,  # () f32
     bias_ptr,  # () f32
     weight_ptr,  # (M,) f32
@@ -61,6 +61,7 @@ def sigmoid_loss_kernel_stripe(
     M,
     N,
     D,
+    TMA: tl.constexpr,
     GROUPS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     STRIPE: tl.constexpr,
@@ -80,7 +81,9 @@ def sigmoid_loss_kernel_stripe(
     in_m = offs_m < stop
     in_n = offs_n < N
     inside = in_m[:, None] & in_n[None, :]
-    dots = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    dots = product_tile(
+        x_ptr, y_ptr, start + i_m * BLOCK_M, i_n * BLOCK_N, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     t = dots * tl.load(scale_ptr) + tl.load(bias_ptr)
     if GROUPS:
         mine = tl.load(x_code_ptr + offs_m, mask=in_m, other=-1)
@@ -149,16 +152,17 @@ def compute(
     dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
     dscale = x.new_empty(tiles if need_scale else 0, dtype=torch.float32)
     dbias = x.new_empty(tiles if need_bias else 0, dtype=torch.float32)
+    *operand, tma = operands(x, y, config)
     first_tile = 0
     for start in range(0, m, step):
         stop = min(start + step, m)
         grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
         slab = x.new_empty(tiles_n, stop - start, dtype=torch.float32)
         sigmoid_loss_kernel_stripe[grid](
-            x, y, scale, bias,
+            *operand, scale, bias,
             nothing if weight is None else weight / unit, *codes,
             stripe_buffer, slab, dscale, dbias, first_tile, start, stop, diagonal, m, n, d,
-            GROUPS=grouped, WEIGHTS=weight is not None, STRIPE=stripes, SCALE=need_scale, BIAS=need_bias,
+            TMA=tma, GROUPS=grouped, WEIGHTS=weight is not None, STRIPE=stripes, SCALE=need_scale, BIAS=need_bias,
             LIFT=lift, PRECISION=precision(x),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
