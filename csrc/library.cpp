@@ -21,6 +21,13 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       "similarity_lse_backward(Tensor g_row, Tensor g_col, Tensor g_pos, Tensor x, Tensor y, float scale,"
       " Tensor row_lse, Tensor col_lse, Tensor low, Tensor cache, int diagonal, Tensor x_groups,"
       " Tensor y_groups, bool need_x, bool need_y, bool need_scale, int tile) -> (Tensor, Tensor, Tensor)");
+  m.def("pair_scores(Tensor x, Tensor y, Tensor rows, Tensor cols) -> Tensor");
+  m.def(
+      "similarity_rank_count(Tensor x, Tensor y, Tensor row_best, Tensor col_best, float tolerance, int tile)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "similarity_topk_update(Tensor x, Tensor y, Tensor scores, Tensor indices, int first_index, Tensor x_groups,"
+      " Tensor y_groups, int tile) -> (Tensor, Tensor)");
   m.def("lse_from_slabs(Tensor slabs, Tensor shift, Tensor(a!) flag) -> Tensor");
   m.def(
       "sigmoid_loss(Tensor x, Tensor y, float scale, float bias, Tensor x_groups, Tensor y_groups, int diagonal,"

@@ -9,8 +9,11 @@ from .packed_attention import packed_attention
 from .segment_mean import segment_mean
 from .similarity_distill import similarity_distill
 from .similarity_lse import similarity_lse
+from .similarity_rank import retrieval_metrics, similarity_rank, similarity_rank_counts
+from .similarity_topk import SimilarityTopK, similarity_topk, similarity_topk_stream
 
 __all__ = [
+    "SimilarityTopK",
     "build_info",
     "distill_loss",
     "infonce_loss",
@@ -18,8 +21,13 @@ __all__ = [
     "nll_loss",
     "packed_attention",
     "ranking_loss",
+    "retrieval_metrics",
     "segment_mean",
     "sigmoid_loss",
     "similarity_distill",
     "similarity_lse",
+    "similarity_rank",
+    "similarity_rank_counts",
+    "similarity_topk",
+    "similarity_topk_stream",
 ]

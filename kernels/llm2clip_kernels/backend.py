@@ -38,6 +38,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     return "chunked"
 
 
+def choose_retrieval(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Returns the implementation of `similarity_rank` for tensors of this kind.
+
+    As `choose`, but CUDA fp32 goes to Triton too: exact fp32 products whatever the TF32 setting.
+    """
+    chosen = choose(device, dtype)
+    if device.type == "cuda" and dtype == torch.float32 and _env.forced_backend() == "auto" and triton_available():
+        return "triton"
+    return chosen
+
+
 def choose_rows(device: torch.device, *dtypes: torch.dtype) -> Backend:
     """Returns the implementation of the ops that work row by row on tensors of these dtypes.
 
@@ -94,6 +105,11 @@ def build_info() -> dict[str, Any]:
                     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
                 }
                 for op in ("sigmoid_loss", "similarity_distill", "similarity_lse")
+            },
+            "similarity_rank": {
+                f"{device} {str(dtype).removeprefix('torch.')}": choose_retrieval(torch.device(device), dtype)
+                for device in devices
+                for dtype in dtypes
             },
         },
     }
