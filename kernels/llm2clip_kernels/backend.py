@@ -44,7 +44,12 @@ def choose_retrieval(device: torch.device, dtype: torch.dtype) -> Backend:
     As `choose`, but CUDA fp32 goes to Triton too: exact fp32 products whatever the TF32 setting.
     """
     chosen = choose(device, dtype)
-    if device.type == "cuda" and dtype == torch.float32 and _env.forced_backend() == "auto" and triton_available():
+    if (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and _env.forced_backend() == "auto"
+        and triton_available()
+    ):
         return "triton"
     return chosen
 

@@ -35,8 +35,30 @@ _SPLIT = 8
 
 
 def rank_config(shared: Config) -> Config:
-    """Returns the tile for counting: half as high as `shared`, since four masks a pair need the registers."""
+    """Returns the tile for counting: fewer pairs a thread than `shared`, since their masks need registers."""
+    if shared.num_warps == 4:
+        return dataclasses.replace(shared, num_warps=8)
     return dataclasses.replace(shared, block_m=max(16, shared.block_m // 2))
+
+
+@triton.jit
+def compare(acc, score, error, outer, inner):
+    """Which products lie above the threshold for sure, at it for sure, and which are left open.
+
+    Where `error` is NaN a product is none of these.
+    """
+    difference = acc - score
+    # an infinity less an infinity, of sums that overflowed: their error is infinite too
+    difference = tl.where(difference == difference, difference, 0.0)
+    size = tl.abs(difference)
+    return difference > error + outer, size < inner - error, (size <= error + outer) & (size >= inner - error)
+
+
+@triton.jit
+def leave(list_ptr, found_ptr, pair, left, kind, CAPACITY: tl.constexpr):
+    """Puts open pairs on the program's list, in any order: what is decided later adds up to the same."""
+    place = tl.atomic_add(found_ptr + tl.zeros_like(pair), 1, mask=left, sem="relaxed")
+    tl.store(list_ptr + place, pair * 4 + kind, mask=left & (place < CAPACITY))
 
 
 @triton.jit(do_not_specialize=["M", "group_m", "group_n", "tolerance"])
@@ -51,7 +73,7 @@ def similarity_rank_kernel_count(
     y_error_ptr,  # (N,) f32
     row_slab_ptr,  # (2, programs along n, M) i32: above, tied
     col_slab_ptr,  # (2, programs along m, N) i32, zeros
-    list_ptr,  # (programs, CAPACITY) i32: the program's pair·4, + 1 if open for its row, + 2 for its column
+    list_ptr,  # (programs, CAPACITY) i32: a pair of the program·4, + 1 if open for its row, + 2 for its column
     found_ptr,  # (programs,) i32, zeros: pairs left open, those beyond CAPACITY too
     tolerance,
     M,
@@ -94,27 +116,30 @@ def similarity_rank_kernel_count(
             acc = product_tile(
                 x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
             )
-            inside = (x_error == x_error)[:, None] & (y_error == y_error)[None, :]
             error = x_error[:, None] * y_error[None, :]
-            difference = acc - row_score[:, None]
-            outer = error + (row_slack + tolerance)[:, None]
-            inner = (tolerance - row_slack)[:, None] - error
-            above = inside & (difference > outer)
-            tied = inside & (tl.abs(difference) < inner)
-            left = inside & ((above | tied | (difference < -outer)) == 0)
+            above, tied, left = compare(
+                acc,
+                row_score[:, None],
+                error,
+                (row_slack + tolerance)[:, None],
+                (tolerance - row_slack)[:, None],
+            )
             row_above += tl.sum(above.to(tl.int32), axis=1)
             row_tied += tl.sum(tied.to(tl.int32), axis=1)
-            kind = left.to(tl.int32)
+            pair = (t_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None] * width
+            pair += (t_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+            leave(own_list, own_found, pair, left, 1, CAPACITY)
             if COLUMNS:
                 col_score = tl.load(col_score_ptr + offs_n, mask=in_n, other=0.0)
                 col_slack = tl.load(col_slack_ptr + offs_n, mask=in_n, other=0.0)
-                difference = acc - col_score[None, :]
-                outer = error + (col_slack + tolerance)[None, :]
-                inner = (tolerance - col_slack)[None, :] - error
-                above = inside & (difference > outer)
-                tied = inside & (tl.abs(difference) < inner)
-                left = inside & ((above | tied | (difference < -outer)) == 0)
-                kind += 2 * left.to(tl.int32)
+                above, tied, left = compare(
+                    acc,
+                    col_score[None, :],
+                    error,
+                    (col_slack + tolerance)[None, :],
+                    (tolerance - col_slack)[None, :],
+                )
+                leave(own_list, own_found, pair, left, 2, CAPACITY)
                 p_above = col_slab_ptr + i_m * N + offs_n
                 p_tied = col_tied_ptr + i_m * N + offs_n
                 total = tl.load(p_above, mask=in_n, other=0) + tl.sum(above.to(tl.int32), axis=0)
@@ -123,12 +148,6 @@ def similarity_rank_kernel_count(
                 tl.store(p_tied, total, mask=in_n)
                 # the next tile row of this program reads what was just written
                 tl.debug_barrier()
-            # in any order: what is decided later adds up to the same. A scan of the tile would need all registers
-            is_open = kind > 0
-            place = tl.atomic_add(own_found + tl.zeros_like(kind), 1, mask=is_open, sem="relaxed")
-            pair = (t_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None] * width
-            pair += (t_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-            tl.store(own_list + place, pair * 4 + kind, mask=is_open & (place < CAPACITY))
         tl.store(row_slab_ptr + i_n * M + offs_m, row_above, mask=in_m)
         tl.store(row_tied_ptr + i_n * M + offs_m, row_tied, mask=in_m)
 
