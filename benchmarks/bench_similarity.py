@@ -140,13 +140,19 @@ def measure(case: Case, names: list[str], options: argparse.Namespace) -> list[d
 
 
 def default_providers(device: str, small: bool) -> list[str]:
-    """Everyone who may run on this kind of device; mini-batches of sentence-transformers from 512 on."""
-    slow = {f"sbert_{size}" for size in MINI_BATCHES if size < 512}
-    if device == "cuda":
-        return [name for name in PROVIDERS.providers if name not in slow]
+    """Everyone worth measuring on this kind of device."""
     if small:
         return ["eager", "open_clip", "compile", "recompute", "cached", "auto"]
-    return [p.name for p in PROVIDERS.providers.values() if p.name not in slow | {"auto"} and not p.cuda_only]
+    if device == "cuda":
+        # no cache of exponentials there, so that all methods are one; and small mini-batches are launches only
+        left_out = {"cached", "auto"} | {f"sbert_{size}" for size in MINI_BATCHES if size not in (1024, 4096)}
+    else:
+        left_out = {"auto"} | {f"sbert_{size}" for size in MINI_BATCHES if size < 512}
+    return [
+        p.name
+        for p in PROVIDERS.providers.values()
+        if p.name not in left_out and (device == "cuda" or not p.cuda_only)
+    ]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -206,6 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
                 # a mini-batch larger than the batch is the batch again
                 names = [p.name for p in usable if not p.name.startswith("sbert_") or int(p.name[6:]) <= n]
                 rows += measure(Case(n, d, options.dtype, options.kind, options.device), names, options)
+                if not options.no_save:
+                    # after every shape: a run that is ended keeps what it has
+                    harness.save(suite, rows, not_measured=reasons)
     if not options.no_save:
         print(harness.save(suite, rows, not_measured=reasons))
     faults = [row for row in rows if "not_timed" in row and PROVIDERS[row["provider"]].ours]

@@ -8,6 +8,7 @@ dscale is None for those whose scale is a constant. All compute
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,10 @@ def eager_loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return 0.5 * (F.cross_entropy(per_x.float(), target) + F.cross_entropy(per_y.float(), target))
 
 
+@functools.cache
 def _compiled(case: Case) -> Step:
+    # compiled for this shape alone; past its limit of shapes per function torch would quietly run it eagerly
+    torch.compiler.reset()
     return _by_autograd(torch.compile(eager_loss, dynamic=False))
 
 

@@ -247,6 +247,46 @@ def test_the_speed_of_a_wrong_result_is_refused(
         assert not {"median_ms", "effective_gflops", "passes"} & row.keys()
 
 
+def test_what_was_measured_before_a_run_is_ended_is_kept(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = bench_similarity.measure
+
+    def ended(case: Case, *rest: Any) -> Any:
+        if case.n == 96:
+            raise KeyboardInterrupt
+        return right(case, *rest)
+
+    monkeypatch.setattr(bench_similarity, "measure", ended)
+    with pytest.raises(KeyboardInterrupt):
+        bench_similarity.main([*TINY, "--providers", "recompute"])
+    (path,) = results.rglob("*.json")
+    assert {row["n"] for row in json.loads(path.read_text())["rows"]} == {48}
+
+
+def test_one_that_raises_is_named_and_the_others_are_measured(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(case: Case) -> Any:
+        raise RuntimeError("out of shared memory\nand more")
+
+    monkeypatch.setitem(PROVIDERS.providers, "broken", providers.Provider("broken", broken))
+    bench_similarity.main([*TINY, "--providers", "broken", "recompute"])
+    rows = json.loads(next(results.rglob("*.json")).read_text())["rows"]
+    found = {row["provider"]: row for row in rows if row["n"] == 96}
+    assert found["broken"]["not_timed"] == "RuntimeError: out of shared memory"
+    assert found["recompute"]["median_ms"] > 0
+
+
+def test_defaults_are_those_that_a_device_can_run() -> None:
+    cpu = bench_similarity.default_providers("cpu", small=False)
+    cuda = bench_similarity.default_providers("cuda", small=False)
+    for name in ("eager", "compile", "open_clip", "chunked", "recompute"):
+        assert name in cpu and name in cuda
+    assert "cached" in cpu and not any(PROVIDERS[name].cuda_only for name in cpu)
+    assert {"inf_cl", "cce", "liger"} <= set(cuda)
+
+
 def test_a_product_too_large_is_made_by_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(10, 4), torch.randn(12, 4)
     assert set(bench_similarity.products(x, y)) == {"mm", "mm_out"}

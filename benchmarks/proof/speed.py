@@ -126,7 +126,7 @@ def _similarity(
 
 def contrastive(context: Context) -> dict[str, Any]:
     """N = 8192 and 32768 beside every peer that is installed, random inputs, memory included."""
-    arguments = ["--n", "8192", "32768", "--d", "512", "768", "1280", "--rounds", "10"]
+    arguments = ["--n", "32768", "8192", "--d", "512", "768", "1280", "--rounds", "10"]
     return _similarity(context, [*arguments, "--warmup-seconds", "0.5", "--max-seconds", "8"], "")
 
 
