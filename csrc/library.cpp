@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " Tensor weight, bool need_x, bool need_y, bool need_scale, bool need_bias, int tile)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
+  m.def("dropout_rows_(Tensor(a!) t, int seed, int first_row, float p) -> ()");
   m.def("l2_normalize_forward(Tensor x, float eps, bool to_bfloat16) -> (Tensor, Tensor)");
   m.def(
       "l2_normalize_backward(Tensor g, Tensor saved, Tensor norm, float eps, bool saved_is_unit,"

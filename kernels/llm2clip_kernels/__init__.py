@@ -5,6 +5,7 @@ from __future__ import annotations
 from .backend import build_info
 from .contrastive import distill_loss, infonce_loss, nll_loss, ranking_loss, sigmoid_loss
 from .l2_normalize import l2_normalize
+from .lora_linear import lora_add, lora_linear
 from .packed_attention import packed_attention
 from .segment_mean import segment_mean
 from .similarity_distill import similarity_distill
@@ -18,6 +19,8 @@ __all__ = [
     "distill_loss",
     "infonce_loss",
     "l2_normalize",
+    "lora_add",
+    "lora_linear",
     "nll_loss",
     "packed_attention",
     "ranking_loss",
