@@ -84,6 +84,11 @@ class LoraSettings:
         "names of the linear layers that get an adapter; on models with joined layers (Phi-3) they mean "
         "the joined ones, and names that a model lacks are left out as long as one matches",
     )
+    fused: Literal["auto", "off"] = setting(
+        "auto",
+        "auto: adapted layers run in one op, with less memory and, with dropout, another mask under the same "
+        "seed; off: peft's own forward. Adapter files are the same",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

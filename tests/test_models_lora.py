@@ -216,3 +216,21 @@ def test_no_decay_rule() -> None:
     assert no_decay("text_adapter.adaptor.0.ln.weight", vector)
     assert no_decay("logit_scale", torch.nn.Parameter(torch.tensor(1.0)))
     assert no_decay("vision_model.model.model.embeddings.position_embedding.weight", matrix)
+
+
+def test_adapted_layers_are_fused_unless_the_settings_say_off(llama: Path, tmp_path: Path) -> None:
+    from llm2clip.integrations.peft import FusedLoraLinear
+
+    off = LoraSettings(rank=4, alpha=8.0, dropout=0.0, fused="off")
+    fused, plain = trained(llama), trained(llama, off)
+    count = [sum(isinstance(m, FusedLoraLinear) for m in e.modules()) for e in (fused, plain)]
+    assert count == [3 * 7, 0]
+    torch.testing.assert_close(fused.encode(CAPTIONS), plain.encode(CAPTIONS), atol=1e-5, rtol=1e-5)
+    fused.save_adapter(tmp_path / "fused")
+    plain.save_adapter(tmp_path / "plain")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "llm2clip_config.json"):
+        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    resumed = CaptionEncoder.from_pretrained(llama, adapter=tmp_path / "plain")
+    resumed.add_lora(PLAIN)
+    assert sum(isinstance(m, FusedLoraLinear) for m in resumed.modules()) == 21
+    torch.testing.assert_close(resumed.encode(CAPTIONS), plain.encode(CAPTIONS), atol=1e-5, rtol=1e-5)

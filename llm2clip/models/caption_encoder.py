@@ -166,6 +166,7 @@ class CaptionEncoder(nn.Module):
         config.inference_mode = False
         for name, parameter in loaded.named_parameters():
             parameter.requires_grad_(".lora_" in name)
+        lora.fuse(loaded, settings)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise captions and count those that are cut.

@@ -70,7 +70,17 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         target_modules=lora_targets(model, settings.targets),
         bias="none",
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    fuse(adapted, settings)
+    return adapted
+
+
+def fuse(model: nn.Module, settings: LoraSettings) -> None:
+    """Run the adapted layers through `lora_linear` unless the settings say off; layers already fused stay so."""
+    if settings.fused == "auto":
+        from llm2clip.integrations.peft import fuse_lora
+
+        fuse_lora(model)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
