@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from llm2clip_kernels.losses import ClipLoss, CoCaLoss, DistillClipLoss, HardNegativeNLLLoss, SigLipLoss
+from llm2clip_kernels.losses import (
+    ClipLoss,
+    CoCaLoss,
+    DistillClipLoss,
+    HardNegativeNLLLoss,
+    SigLipLoss,
+    cal_flash_loss,
+    cal_inf_loss,
+)
 
-__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss", "SigLipLoss"]
+__all__ = [
+    "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
+    "HardNegativeNLLLoss",
+    "SigLipLoss",
+    "cal_flash_loss",
+    "cal_inf_loss",
+]

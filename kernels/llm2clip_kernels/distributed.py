@@ -165,6 +165,19 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 class _ReportSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
@@ -244,6 +257,12 @@ def sum_over_ranks(value: Tensor, group: Group) -> Tensor:
     """The sum over ranks of a value that every rank's term then uses; the backward sums the gradients."""
     total: Tensor = _SumOverRanks.apply(value, group)
     return total
+
+
+def sum_gradient(value: Tensor, group: Group) -> Tensor:
+    """`value` itself; its gradient is the sum over the ranks, on every rank."""
+    same: Tensor = _SumGradient.apply(value, group)
+    return same
 
 
 def report_sum(value: Tensor, group: Group) -> Tensor:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from .coca import CoCaLoss
 from .distill import DistillClipLoss
+from .inf_cl import cal_flash_loss, cal_inf_loss
 from .llm2vec import HardNegativeNLLLoss
 from .open_clip import ClipLoss
 from .siglip import SigLipLoss
 
-__all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "HardNegativeNLLLoss", "SigLipLoss"]
+__all__ = [
+    "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
+    "HardNegativeNLLLoss",
+    "SigLipLoss",
+    "cal_flash_loss",
+    "cal_inf_loss",
+]
