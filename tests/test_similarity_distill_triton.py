@@ -34,6 +34,8 @@ NAMES = ("row", "col", "cross_row", "cross_col", "teacher_row", "teacher_col")
 CASES = (
     # ragged tiles, several tiles, D = 1, underflow of either (scale 1e4), negative scale, rectangular both ways
     (33, 20, 5, 17, 10.0, 20.0), (7, 40, 33, 3, 1e4, 30.0), (18, 50, 16, 9, -30.0, 1e4), (5, 5, 1, 1, 1.0, 1.0),
+    # rows on 16 bytes, as the copy engine needs them
+    (20, 23, 24, 40, 15.0, 25.0),
 )
 for dtype, teacher_dtype, limit in (
     (torch.float32, torch.float32, 2e-6), (torch.float16, torch.float16, 1e-3), (torch.float16, torch.float32, 1e-3)
@@ -139,16 +141,20 @@ KERNELS = {
 }
 
 
-def compiled_for(name: str, target: str) -> Any:
+def compiled_for(name: str, target: str, tma: bool = False) -> Any:
     config = kernel.distill_config(target_config(target))
     if name == "online":
         config = kernel.online_config(config)
     constants = {
-        "COLUMNS": True, "POSITIVES": True, "SCALE": True, "TEACHER": True, "TEACHER_COLUMNS": True,
-        "PRECISION": "tf32", "TEACHER_PRECISION": "tf32",
+        "TMA": tma, "TEACHER_TMA": tma, "COLUMNS": True, "POSITIVES": True, "SCALE": True,
+        "TEACHER": True, "TEACHER_COLUMNS": True, "PRECISION": "tf32", "TEACHER_PRECISION": "tf32",
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     pointers = {f"{t}_ptr": "bf16" for t in ("x", "y", "p", "q", "stripe")} | {"flag_ptr": "i32"}
+    if tma:
+        for left, right in ("xy", "pq"):
+            pointers[f"{left}_ptr"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
+            pointers[f"{right}_ptr"] = f"tensordesc<bf16[{config.block_n}, {config.block_k}]>"
     return cross_compile(KERNELS[name], target, constants, pointers, config, divisible=("N", "D", "E"))
 
 
@@ -156,6 +162,14 @@ def compiled_for(name: str, target: str) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_and_fits(name: str, target: str, tmp_path: Path) -> None:
     assert_fits(compiled_for(name, target), target, tmp_path)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_the_copy_engine_brings_the_operands(name: str, target: str, tmp_path: Path) -> None:
+    compiled = compiled_for(name, target, tma=True)
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert_fits(compiled, target, tmp_path)
 
 
 def test_offsets_are_64_bit() -> None:

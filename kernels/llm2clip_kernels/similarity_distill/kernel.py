@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stripes import gradient_unit, matmul
-from ..triton_tiles import Config, config_for, dots_tile, finite, precision, static_shift
+from ..triton_tiles import Config, config_for, finite, operands, precision, product_tile, static_shift
 
 # log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
 _LOWEST_SUM = -59.8
@@ -35,10 +35,10 @@ _STRIPE_BYTES = 256 * 2**20
 
 @triton.jit(do_not_specialize=["M", "group_m", "group_n"])
 def similarity_distill_fwd_kernel_sums(
-    x_ptr,  # (M, D)
-    y_ptr,  # (N, D)
-    p_ptr,  # (M, E)
-    q_ptr,  # (N, E)
+    x_ptr,  # (M, D), or its descriptor
+    y_ptr,  # (N, D), or its descriptor
+    p_ptr,  # (M, E), or its descriptor
+    q_ptr,  # (N, E), or its descriptor
     scale_ptr,  # () f32
     teacher_scale_ptr,  # () f32
     shift_ptr,  # () f32
@@ -53,6 +53,8 @@ def similarity_distill_fwd_kernel_sums(
     E,
     group_m,
     group_n,
+    TMA: tl.constexpr,
+    TEACHER_TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
@@ -69,22 +71,35 @@ def similarity_distill_fwd_kernel_sums(
     shift = tl.load(shift_ptr)
     teacher_shift = tl.load(teacher_shift_ptr)
     for t_m in range(0, group_m):
-        offs_m = (i_m * group_m + t_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+        start_m = (i_m * group_m + t_m) * BLOCK_M
+        offs_m = start_m + tl.arange(0, BLOCK_M)
         in_m = offs_m < M
         row_origin = tl.load(row_origin_ptr + offs_m, mask=in_m, other=0.0)
         student_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         teacher_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         cross_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for t_n in range(0, group_n):
-            offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+            start_n = (i_n * group_n + t_n) * BLOCK_N
+            offs_n = start_n + tl.arange(0, BLOCK_N)
             in_n = offs_n < N
             inside = in_m[:, None] & in_n[None, :]
-            logits = scale * dots_tile(
-                x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            logits = scale * product_tile(
+                x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
             )
             e = tl.where(inside, tl.exp(logits - shift), 0.0)
-            teacher = teacher_scale * dots_tile(
-                p_ptr, q_ptr, offs_m, offs_n, M, N, E, TEACHER_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            teacher = teacher_scale * product_tile(
+                p_ptr,
+                q_ptr,
+                start_m,
+                start_n,
+                M,
+                N,
+                E,
+                TEACHER_TMA,
+                TEACHER_PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
             )
             w = tl.where(inside, tl.exp(teacher - teacher_shift), 0.0)
             student_sum += tl.sum(e, axis=1)
@@ -119,10 +134,10 @@ def kept(total, before, after):
 
 @triton.jit(do_not_specialize=["M", "group_m", "group_n"])
 def similarity_distill_fwd_kernel_online(
-    x_ptr,  # (M, D)
-    y_ptr,  # (N, D)
-    p_ptr,  # (M, E)
-    q_ptr,  # (N, E)
+    x_ptr,  # (M, D), or its descriptor
+    y_ptr,  # (N, D), or its descriptor
+    p_ptr,  # (M, E), or its descriptor
+    q_ptr,  # (N, E), or its descriptor
     scale_ptr,  # () f32
     teacher_scale_ptr,  # () f32
     flag_ptr,  # () i32, nothing happens where it is 0
@@ -136,6 +151,8 @@ def similarity_distill_fwd_kernel_online(
     E,
     group_m,
     group_n,
+    TMA: tl.constexpr,
+    TEACHER_TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
@@ -151,7 +168,8 @@ def similarity_distill_fwd_kernel_online(
         scale = tl.load(scale_ptr)
         teacher_scale = tl.load(teacher_scale_ptr)
         for t_m in range(0, group_m):
-            offs_m = (i_m * group_m + t_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+            start_m = (i_m * group_m + t_m) * BLOCK_M
+            offs_m = start_m + tl.arange(0, BLOCK_M)
             in_m = offs_m < M
             row_origin = tl.load(row_origin_ptr + offs_m, mask=in_m, other=0.0)
             student_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -160,14 +178,26 @@ def similarity_distill_fwd_kernel_online(
             teacher_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             cross_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
             for t_n in range(0, group_n):
-                offs_n = (i_n * group_n + t_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+                start_n = (i_n * group_n + t_n) * BLOCK_N
+                offs_n = start_n + tl.arange(0, BLOCK_N)
                 in_n = offs_n < N
                 inside = in_m[:, None] & in_n[None, :]
-                logits = scale * dots_tile(
-                    x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                logits = scale * product_tile(
+                    x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
                 )
-                teacher = teacher_scale * dots_tile(
-                    p_ptr, q_ptr, offs_m, offs_n, M, N, E, TEACHER_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+                teacher = teacher_scale * product_tile(
+                    p_ptr,
+                    q_ptr,
+                    start_m,
+                    start_n,
+                    M,
+                    N,
+                    E,
+                    TEACHER_TMA,
+                    TEACHER_PRECISION,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
                 )
                 top = tl.maximum(student_max, tl.max(tl.where(inside, logits, float("-inf")), axis=1))
                 e = tl.where(inside, tl.exp(logits - finite(top)[:, None]), 0.0)
@@ -241,10 +271,10 @@ def weighted(
 
 @triton.jit(do_not_specialize=["M", "first_tile", "start", "stop", "diagonal"])
 def similarity_distill_bwd_kernel_stripe(
-    x_ptr,  # (M, D)
-    y_ptr,  # (N, D)
-    p_ptr,  # (M, E)
-    q_ptr,  # (N, E)
+    x_ptr,  # (M, D), or its descriptor
+    y_ptr,  # (N, D), or its descriptor
+    p_ptr,  # (M, E), or its descriptor
+    q_ptr,  # (N, E), or its descriptor
     scale_ptr,  # () f32
     teacher_scale_ptr,  # () f32
     flag_ptr,  # () i32
@@ -265,6 +295,8 @@ def similarity_distill_bwd_kernel_stripe(
     N,
     D,
     E,
+    TMA: tl.constexpr,
+    TEACHER_TMA: tl.constexpr,
     COLUMNS: tl.constexpr,
     POSITIVES: tl.constexpr,
     TEACHER: tl.constexpr,
@@ -281,10 +313,11 @@ def similarity_distill_bwd_kernel_stripe(
     local_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_m = start + local_m
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_m, start_n = start + i_m * BLOCK_M, i_n * BLOCK_N
     in_m = offs_m < stop
     in_n = offs_n < N
     online = tl.load(flag_ptr) != 0
-    dots = dots_tile(x_ptr, y_ptr, offs_m, offs_n, M, N, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    dots = product_tile(x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     g = weighted(
         dots * tl.load(scale_ptr),
         factor_ptr,
@@ -300,8 +333,8 @@ def similarity_distill_bwd_kernel_stripe(
     )
     # all of G before it is rounded: near convergence p - 1 and p - p_teacher cancel
     if TEACHER:
-        teacher = tl.load(teacher_scale_ptr) * dots_tile(
-            p_ptr, q_ptr, offs_m, offs_n, M, N, E, TEACHER_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        teacher = tl.load(teacher_scale_ptr) * product_tile(
+            p_ptr, q_ptr, start_m, start_n, M, N, E, TEACHER_TMA, TEACHER_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
         g += weighted(
             teacher, teacher_factor_ptr, teacher_gradient_ptr, teacher_lse_ptr, offs_m, offs_n, in_m, in_n, M, online,
@@ -393,10 +426,13 @@ def forward(
         # both kernels use the same memory, the second when the sums of the first have been read
         sides = zip(buffers, (programs_n, programs_m), strict=True)
         slabs = [b[: b.numel() // _SIDE * programs].view(5, programs, -1) for b, programs in sides]
+        *student, tma = operands(x, y, config)
+        *teacher, teacher_tma = operands(p, q, config)
         kernel[(programs_n, programs_m)](
-            x, y, p, q, scale, teacher_scale, *constants, row_origin, col_origin, *slabs,
+            *student, *teacher, scale, teacher_scale, *constants, row_origin, col_origin, *slabs,
             m, n, d, e, group_m, group_n,
-            COLUMNS=columns, PRECISION=precision(x), TEACHER_PRECISION=precision(p),
+            TMA=tma, TEACHER_TMA=teacher_tma, COLUMNS=columns, PRECISION=precision(x),
+            TEACHER_PRECISION=precision(p),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -483,13 +519,15 @@ def backward(
     dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
     dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
     first_tile = 0
+    *student, tma = operands(x, y, config)
+    *others, teacher_tma = operands(p, q, config)
     for start in range(0, m, step):
         stop = min(start + step, m)
         grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
         similarity_distill_bwd_kernel_stripe[grid](
-            x, y, p, q, scale, teacher_scale, raised, factor, gradient, lse, *teacher, g_pos,
+            *student, *others, scale, teacher_scale, raised, factor, gradient, lse, *teacher, g_pos,
             stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d, e,
-            COLUMNS=g_col.numel() > 0, POSITIVES=g_pos.numel() > 0, TEACHER=taught,
+            TMA=tma, TEACHER_TMA=teacher_tma, COLUMNS=g_col.numel() > 0, POSITIVES=g_pos.numel() > 0, TEACHER=taught,
             TEACHER_COLUMNS=g_cross_col.numel() > 0, SCALE=need_scale, PRECISION=precision(x),
             TEACHER_PRECISION=precision(p), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
