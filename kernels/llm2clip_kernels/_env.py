@@ -7,12 +7,15 @@
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
 | `LLM2CLIP_SMALL_PAIRS` | integer, default 16384 | up to so many pairs, plain torch: launching a kernel costs more |
+| `LLM2CLIP_AUTOTUNE` | `1` | time the Triton configurations on first use, keep the fastest in the tuning file |
+| `LLM2CLIP_TUNING_FILE` | path, default `~/.cache/llm2clip/tuning.json` | where found configurations are kept |
 | `TRITON_INTERPRET` | `1` | Triton's own: kernels run in its interpreter, on CPU tensors too |
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 BACKENDS = ("auto", "native", "triton", "chunked")
 
@@ -60,3 +63,13 @@ def cache_budget_bytes() -> int:
 def small_pairs() -> int:
     """Returns up to how many pairs M·N `method="auto"` leaves to plain torch; 0 where a backend is forced."""
     return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 128 * 128, " of pairs")
+
+
+def autotune() -> bool:
+    return _flag("LLM2CLIP_AUTOTUNE")
+
+
+def tuning_file() -> Path:
+    """Returns the file of configurations found by searching."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip" / "tuning.json"
+    return Path(os.environ.get("LLM2CLIP_TUNING_FILE") or default).expanduser()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,38 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _env
+from .tuning import Config, choose_config, config_for
+
+__all__ = [
+    "Config",
+    "choose_config",
+    "config_for",
+    "counted",
+    "dots_tile",
+    "finite",
+    "group_codes",
+    "operands",
+    "precision",
+    "product_tile",
+    "static_shift",
+]
 
 HEADROOM = 70.0
 LARGEST_BOUND = 1e30
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of S (rows, columns), its depth along D, and how the program runs."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# 128x128 on 8 warps: 64 accumulators a thread, so that two programs fit a multiprocessor and the exponentials
-# of one hide behind the products of the other
-_CONFIGS = {
-    ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
-    ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
-    ("cuda", 10, 2): Config(128, 64, 64, 8, 4),
-    ("hip", 9, 2): Config(128, 128, 32, 8, 2),
-    ("interpreter", 0, 2): Config(16, 16, 16, 1, 1),
-    ("interpreter", 0, 4): Config(16, 16, 16, 1, 1),
-}
-
-
-def choose_config(target: str, major: int, element_size: int) -> Config:
-    """Returns the tile for an architecture; those not in the table get one that fits everywhere."""
-    fallback = Config(64, 64, 32, 4, 2)
-    return _CONFIGS.get((target, major, element_size), fallback)
 
 
 @triton.jit
@@ -115,18 +100,21 @@ def finite(value):
 def counted(
     x_code_ptr,  # (M,) i32
     y_code_ptr,  # (N,) i32
-    offs_m,  # (BLOCK_M,) int64
-    offs_n,  # (BLOCK_N,) int64
+    start_m,
+    start_n,
     diagonal,
     M,
     N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    # pairs of one group are left out, except a row's own positive
-    mine = tl.load(x_code_ptr + offs_m, mask=offs_m < M, other=-1)[:, None]
-    others = tl.load(y_code_ptr + offs_n, mask=offs_n < N, other=-2)[None, :]
-    # columns fit 32 bits, and two-dimensional 64-bit numbers would not fit the registers
-    own = tl.where(diagonal >= 0, offs_m + diagonal, -1).to(tl.int32)[:, None]
-    return (mine != others) | (own == offs_n.to(tl.int32)[None, :])
+    """Which pairs of a tile count: those of one group are left out, except a row's own positive."""
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mine = tl.load(x_code_ptr + start_m + rows, mask=rows < (M - start_m).to(tl.int32), other=-1)
+    others = tl.load(y_code_ptr + start_n + cols, mask=cols < (N - start_n).to(tl.int32), other=-2)
+    # a row's own column within this tile; far to the left where there are no positives
+    own = tl.where(diagonal >= 0, start_m + diagonal - start_n, -(2**30)).to(tl.int32)
+    return (mine[:, None] != others[None, :]) | (rows[:, None] + own == cols[None, :])
 
 
 def group_codes(x_groups: Tensor, y_groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,15 +127,6 @@ def group_codes(x_groups: Tensor, y_groups: Tensor) -> tuple[Tensor, Tensor]:
     x_code = torch.where(x_groups < 0, -1, x_code)
     y_code = torch.where((y_groups < 0) | (known[y_code] != y_groups), -2, y_code)
     return x_code.to(torch.int32), y_code.to(torch.int32)
-
-
-def config_for(x: Tensor) -> Config:
-    """Returns the tile for the device and dtype of x."""
-    if _env.triton_interpreted():
-        return choose_config("interpreter", 0, x.element_size())
-    if torch.version.hip:
-        return choose_config("hip", 9, x.element_size())
-    return choose_config("cuda", torch.cuda.get_device_capability(x.device)[0], x.element_size())
 
 
 def precision(x: Tensor) -> str:

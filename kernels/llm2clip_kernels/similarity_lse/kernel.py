@@ -65,7 +65,7 @@ def similarity_lse_fwd_kernel_sums(
             e = tl.exp(acc * scale - shift)
             inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
             if GROUPS:
-                inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
+                inside &= counted(x_code_ptr, y_code_ptr, start_m, start_n, diagonal, M, N, BLOCK_M, BLOCK_N)
             e = tl.where(inside, e, 0.0)
             if CACHE:
                 p_cache = cache_ptr + offs_m[:, None] * N + offs_n[None, :]
@@ -123,7 +123,9 @@ def similarity_lse_fwd_kernel_online(
                 )
                 inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
                 if GROUPS:
-                    inside &= counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N)
+                    inside &= counted(
+                        x_code_ptr, y_code_ptr, start_m, start_n, diagonal, M, N, BLOCK_M, BLOCK_N
+                    )
                 logits = tl.where(inside, acc * scale, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(logits, axis=1))
                 e = tl.where(inside, tl.exp(logits - finite(new_max)[:, None]), 0.0)
@@ -147,7 +149,7 @@ def similarity_lse_fwd_kernel_online(
             tl.store(row_slab_ptr + i_n * M + offs_m, row_sum, mask=offs_m < M)
 
 
-@triton.jit(do_not_specialize=["M", "first_tile", "start", "stop", "diagonal"])
+@triton.jit(do_not_specialize=["M", "start", "stop", "diagonal"])
 def similarity_lse_bwd_kernel_stripe(
     x_ptr,  # (M, D)
     y_ptr,  # (N, D)
@@ -164,8 +166,7 @@ def similarity_lse_bwd_kernel_stripe(
     x_code_ptr,  # (M,) i32, groups
     y_code_ptr,  # (N,) i32
     stripe_ptr,  # (stop - start, N), dtype of x: G
-    dscale_ptr,  # (all tiles of all stripes,) f32: partial sums of G·dot
-    first_tile,
+    dscale_ptr,  # (tiles of the stripe,) f32: partial sums of G·dot
     start,
     stop,
     diagonal,
@@ -189,45 +190,45 @@ def similarity_lse_bwd_kernel_stripe(
             return
     i_n = tl.program_id(0).to(tl.int64)
     i_m = tl.program_id(1).to(tl.int64)
-    local_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_m = start + local_m
-    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m = offs_m < stop
-    in_n = offs_n < N
+    # 64 bits only for where the tile begins: 64-bit numbers for each of its elements would fill the registers
+    start_m, start_n = start + i_m * BLOCK_M, i_n * BLOCK_N
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    in_m = rows < (stop - start_m).to(tl.int32)
+    in_n = cols < (N - start_n).to(tl.int32)
     scale = tl.load(scale_ptr)
-    dots = product_tile(
-        x_ptr, y_ptr, start + i_m * BLOCK_M, i_n * BLOCK_N, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    dots = product_tile(x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     logits = dots * scale
     if tl.load(flag_ptr) == 0:
-        factor = tl.load(row_factor_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        factor = tl.load(row_factor_ptr + start_m + rows, mask=in_m, other=0.0)[:, None]
         if COLUMNS:
-            factor = factor + tl.load(col_factor_ptr + offs_n, mask=in_n, other=0.0)[None, :]
+            factor = factor + tl.load(col_factor_ptr + start_n + cols, mask=in_n, other=0.0)[None, :]
         g = tl.exp(logits - tl.load(shift_ptr)) * factor
     else:
-        row_lse = tl.load(row_lse_ptr + offs_m, mask=in_m, other=0.0)
-        g_row = tl.load(g_row_ptr + offs_m, mask=in_m, other=0.0)
+        row_lse = tl.load(row_lse_ptr + start_m + rows, mask=in_m, other=0.0)
+        g_row = tl.load(g_row_ptr + start_m + rows, mask=in_m, other=0.0)
         g = tl.exp(logits - row_lse[:, None]) * g_row[:, None]
         if COLUMNS:
-            col_lse = tl.load(col_lse_ptr + offs_n, mask=in_n, other=0.0)
-            g_col = tl.load(g_col_ptr + offs_n, mask=in_n, other=0.0)
+            col_lse = tl.load(col_lse_ptr + start_n + cols, mask=in_n, other=0.0)
+            g_col = tl.load(g_col_ptr + start_n + cols, mask=in_n, other=0.0)
             g += tl.exp(logits - col_lse[None, :]) * g_col[None, :]
     if GROUPS:
-        g = tl.where(counted(x_code_ptr, y_code_ptr, offs_m, offs_n, diagonal, M, N), g, 0.0)
+        g = tl.where(
+            counted(x_code_ptr, y_code_ptr, start_m, start_n, diagonal, M, N, BLOCK_M, BLOCK_N), g, 0.0
+        )
     if POSITIVES:
         # before rounding: near convergence p - 1 cancels
-        g_pos = tl.load(g_pos_ptr + offs_m, mask=in_m, other=0.0)
-        own = (offs_m + diagonal).to(tl.int32)[:, None] == offs_n.to(tl.int32)[None, :]
+        g_pos = tl.load(g_pos_ptr + start_m + rows, mask=in_m, other=0.0)
+        own = rows[:, None] + (start_m + diagonal - start_n).to(tl.int32) == cols[None, :]
         g += tl.where(own, g_pos[:, None], 0.0)
     inside = in_m[:, None] & in_n[None, :]
     if SCALE:
         total = tl.sum(tl.sum(tl.where(inside, g * dots, 0.0), axis=1), axis=0)
-        tl.store(dscale_ptr + first_tile + i_m * tl.num_programs(0) + i_n, total)
-    p_stripe = stripe_ptr + local_m[:, None] * N + offs_n[None, :]
+        tl.store(dscale_ptr + i_m * tl.num_programs(0) + i_n, total)
+    p_stripe = stripe_ptr + i_m * BLOCK_M * N + start_n + (rows[:, None] * N + cols[None, :])
     tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_tile", "start", "stop", "diagonal"])
+@triton.jit(do_not_specialize=["start", "stop", "diagonal"])
 def similarity_lse_bwd_kernel_cached(
     cache_ptr,  # (M, N) bf16: exp(S - shift), zero where left out
     scale_ptr,  # () f32
@@ -238,8 +239,7 @@ def similarity_lse_bwd_kernel_cached(
     g_pos_ptr,  # (M,) f32
     pos_ptr,  # (M,) f32: the positives' logits, which bf16 would round
     stripe_ptr,  # (stop - start, N): G
-    dscale_ptr,  # (all tiles of all stripes,) f32: partial sums of G·dot
-    first_tile,
+    dscale_ptr,  # (tiles of the stripe,) f32: partial sums of G·dot
     start,
     stop,
     diagonal,
@@ -288,4 +288,4 @@ def similarity_lse_bwd_kernel_cached(
         p_stripe = stripe_ptr + local_m[:, None] * N + offs_n[None, :]
         tl.store(p_stripe, g.to(stripe_ptr.dtype.element_ty), mask=inside)
     if SCALE:
-        tl.store(dscale_ptr + first_tile + i_m * tl.num_programs(0) + i_n, total / scale)
+        tl.store(dscale_ptr + i_m * tl.num_programs(0) + i_n, total / scale)

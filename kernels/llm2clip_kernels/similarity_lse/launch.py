@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import native
 from ..checks import positive_logits
 from ..stripes import gradient_unit, matmul
-from ..triton_tiles import Config, config_for, group_codes, operands, precision, static_shift
+from ..triton_tiles import group_codes, operands, precision, static_shift
+from ..tuning import Config, config_for, tuned
 from .kernel import (
     similarity_lse_bwd_kernel_cached,
     similarity_lse_bwd_kernel_stripe,
@@ -28,6 +29,8 @@ _LOWEST_SUM = -59.8
 # programs along one side, at most; more tiles than that are looped over
 _SIDE = 64
 _STRIPE_BYTES = 256 * 2**20
+# offsets within a tile of up to 256 rows are 32-bit
+_MOST_COLUMNS = 2**31 // 256 - 256
 
 
 def online_config(config: Config) -> Config:
@@ -74,27 +77,29 @@ def forward(
     and (N,) int64 or empty: pairs of equal ones are left out, except (i, diagonal + i).
     """
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(x)
     grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
-    programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
     shift, flag = static_shift(x, y, scale)
     flag = flag.reshape(1)
-    grid = (programs_n, programs_m)
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    rows = x.new_zeros(programs_n, m, dtype=torch.float32)
-    cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
     cache = x.new_empty(m * n if cached else 0, dtype=torch.bfloat16)
-    *tiles, tma = operands(x, y, config)
-    similarity_lse_fwd_kernel_sums[grid](
-        *tiles, scale, shift, rows, cols, cache, *codes, diagonal, m, n, d, group_m, group_n,
-        TMA=tma, COLUMNS=columns, GROUPS=grouped, CACHE=cached, PRECISION=precision(x), **blocks, **options,
-    )  # fmt: skip
+
+    def sums(config: Config) -> tuple[Tensor, Tensor]:
+        programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
+        rows = x.new_zeros(programs_n, m, dtype=torch.float32)
+        cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
+        *tiles, tma = operands(x, y, config)
+        similarity_lse_fwd_kernel_sums[(programs_n, programs_m)](
+            *tiles, scale, shift, rows, cols, cache, *codes, diagonal, m, n, d, group_m, group_n,
+            TMA=tma, COLUMNS=columns, GROUPS=grouped, CACHE=cached, PRECISION=precision(x),
+            **config.options(),
+        )  # fmt: skip
+        return rows, cols
+
+    config = tuned("similarity_lse_sums", x, sums)
+    rows, cols = sums(config)
     row_lse = _lse_of_slabs(rows, shift, flag)
     col_lse = _lse_of_slabs(cols, shift, flag) if columns else cols.new_empty(0)
-    config = online_config(config)
+    config = online_config(config_for(x))
     programs_n, programs_m, group_n, group_m = _tiles(x, y, config)
-    blocks["BLOCK_N"] = config.block_n
     online_rows = x.new_zeros(programs_n, m, dtype=torch.float32)
     online_cols = x.new_zeros(programs_m if columns else 0, n, dtype=torch.float32)
     row_max, col_max = torch.full_like(online_rows, -torch.inf), torch.full_like(online_cols, -torch.inf)
@@ -102,7 +107,8 @@ def forward(
     similarity_lse_fwd_kernel_online[(programs_n, programs_m)](
         *tiles, scale, flag, row_max, online_rows, col_max, online_cols, *codes, diagonal,
         m, n, d, group_m, group_n,
-        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x), **blocks, **options,
+        TMA=tma, COLUMNS=columns, GROUPS=grouped, PRECISION=precision(x),
+        **config.options(),
     )  # fmt: skip
     raised = flag != 0
     row_lse = torch.where(raised, _merge_online(row_max, online_rows), row_lse)
@@ -133,7 +139,8 @@ def backward(
     cache: (M·N,) from `forward`, or (0,).
     """
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(x)
+    if n > _MOST_COLUMNS:
+        raise ValueError(f"similarity_lse: at most {_MOST_COLUMNS} rows of y on a GPU, got {n}; split y")
     grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
     columns, positives = g_col.numel() > 0, g_pos.numel() > 0
     unit = gradient_unit(g_row, g_col, g_pos)
@@ -145,47 +152,47 @@ def backward(
         flag = flag | ((col_lse - shift >= _LOWEST_SUM) & col_lse.isfinite()).all().logical_not()
     row_factor, col_factor = g_row * (shift - row_lse).exp(), g_col * (shift - col_lse[: g_col.numel()]).exp()
     # whole tiles, so that only the last stripe is ragged
-    step = max(1, _STRIPE_BYTES // (x.element_size() * n) // config.block_m) * config.block_m
-    step = min(step, m)
-    tiles_n = triton.cdiv(n, config.block_n)
-    # a ragged stripe rounds its tiles up
-    tiles = sum(triton.cdiv(min(step, m - start), config.block_m) for start in range(0, m, step)) * tiles_n
+    block_m = config_for(x).block_m
+    step = min(m, max(1, _STRIPE_BYTES // (x.element_size() * n) // block_m) * block_m)
     stripe_buffer = x.new_empty(step, n)
-    dscale = x.new_zeros(tiles if need_scale else 0, dtype=torch.float32)
-    dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
-    dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
-    first_tile = 0
-    *operand, tma = operands(x, y, config)
     # for dscale alone the logits themselves are better
     cached = cache.numel() > 0 and (need_x or need_y)
     pos = positive_logits(x, y, scale, diagonal) if cached and positives else g_pos
-    for start in range(0, m, step):
-        stop = min(start + step, m)
-        grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
+
+    def write_stripe(config: Config, start: int, stop: int) -> Tensor:
+        *operand, tma = operands(x, y, config)
+        grid = (triton.cdiv(n, config.block_n), triton.cdiv(stop - start, config.block_m))
+        parts = x.new_zeros(grid[0] * grid[1] if need_scale else 0, dtype=torch.float32)
         if cached:
             similarity_lse_bwd_kernel_cached[grid](
-                cache, scale, shift, flag, row_factor, col_factor, g_pos, pos, stripe_buffer, dscale,
-                first_tile, start, stop, diagonal, n,
+                cache, scale, shift, flag, row_factor, col_factor, g_pos, pos, stripe_buffer, parts,
+                start, stop, diagonal, n,
                 COLUMNS=columns, POSITIVES=positives, SCALE=need_scale,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=min(16, config.block_m),
                 num_warps=config.num_warps,
             )  # fmt: skip
         similarity_lse_bwd_kernel_stripe[grid](
             *operand, scale, shift, flag, row_factor, col_factor, g_row, g_col, g_pos, row_lse, col_lse,
-            *codes, stripe_buffer, dscale, first_tile, start, stop, diagonal, m, n, d,
+            *codes, stripe_buffer, parts, start, stop, diagonal, m, n, d,
             TMA=tma, COLUMNS=columns, GROUPS=grouped, POSITIVES=positives, SCALE=need_scale,
             CACHE=cached, PRECISION=precision(x),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options(),
         )  # fmt: skip
+        return parts.sum()
+
+    config = tuned("similarity_lse_stripe", x, lambda config: write_stripe(config, 0, step))
+    total = x.new_zeros((), dtype=torch.float32)
+    dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
+    dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        total = total + write_stripe(config, start, stop)
         stripe = stripe_buffer[: stop - start]
         if need_x:
             dx[start:stop] = matmul(stripe, y)
         if need_y:
             product = matmul(stripe.T, x[start:stop])
             dy = product if start == 0 else dy.add_(product)
-        first_tile += grid[0] * grid[1]
-    total = dscale.sum()
     if cached and need_scale:
         # at scale 0 every exponential is 1 and says nothing of the dot product
         direct = (x * dx).sum() if need_x else (y * dy).sum()
