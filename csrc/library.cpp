@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
   m.def("dropout_rows_(Tensor(a!) t, int seed, int first_row, float p) -> ()");
+  m.def(
+      "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, int window,"
+      " float scale) -> Tensor");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal,"
+      " int window, float scale, bool need_q, bool need_k, bool need_v) -> (Tensor, Tensor, Tensor)");
   m.def("l2_normalize_forward(Tensor x, float eps, bool to_bfloat16) -> (Tensor, Tensor)");
   m.def(
       "l2_normalize_backward(Tensor g, Tensor saved, Tensor norm, float eps, bool saved_is_unit,"

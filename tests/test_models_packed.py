@@ -123,6 +123,18 @@ def test_states_outside_of_the_pooled_span_may_hold_nan() -> None:
         torch.testing.assert_close(pool_packed(hidden, flatten(tokens), pooling), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+def test_captions_of_a_prompt_alone_become_zeros(pooling: Any) -> None:
+    tokens = [Tokens(ids, start, False) for ids, start in (([3, 4], 2), ([5, 6, 7], 1), ([], 0), ([8], 1))]
+    torch.manual_seed(4)
+    hidden = torch.randn(6, 3)
+    out = pool_packed(hidden, flatten(tokens), pooling)
+    weights = torch.tensor([0.5, 0.5] if pooling == "mean" else [1 / 3, 2 / 3])
+    want = torch.zeros(4, 3)
+    want[1] = weights @ hidden[3:5]
+    torch.testing.assert_close(out, want)
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_caption_without_tokens_becomes_zeros(pooling: Any) -> None:
     encoder = make(pooling=pooling)

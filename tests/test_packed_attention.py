@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip_kernels import packed_attention
+from llm2clip_kernels import native, packed_attention
 from llm2clip_kernels.packed_attention import library, op, packed_attention_reference
 from llm2clip_kernels.packed_attention.plan import PIECE, make_plan
 
@@ -50,6 +50,30 @@ def test_equals_the_dense_mask_in_fp64(lengths: list[int], rules: dict[str, Any]
     ours, theirs = both(lengths, inputs(lengths), **rules)
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+@pytest.mark.parametrize("rules", [rules for rules in RULES if not rules["softcap"]], ids=str)
+@pytest.mark.parametrize("lengths", [*PACKS, [64], [65, 129, 31]], ids=str)
+def test_fp32_kernels_are_as_exact_as_plain_torch(
+    lengths: list[int], rules: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "native" and not native.available():
+        pytest.skip("the native library is not built")
+    monkeypatch.setenv("LLM2CLIP_BACKEND", backend)
+    for heads, width in (((6, 2), 20), ((3, 3), 64)):
+        leaves = inputs(lengths, heads, width, torch.float32)
+        exact = tuple(t.detach().double().requires_grad_() for t in leaves)
+        torch.manual_seed(1)
+        ours, theirs = both(lengths, leaves, scale=-0.3, **rules)
+        torch.manual_seed(1)
+        upstream = torch.randn(leaves[0].shape).double()
+        out = packed_attention_reference(*exact, edges(lengths), scale=-0.3, **rules)
+        truth = [out.detach(), *torch.autograd.grad(out, exact, upstream)]
+        for name, got, plain, want in zip(["out", "dq", "dk", "dv"], ours, theirs, truth, strict=True):
+            error, bound = ((t.double() - want).norm() for t in (got, plain))
+            assert error <= 2 * bound + 1e-6 * want.norm() + 1e-6, (name, error, bound)
+            torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 1), (9, 3), (6, 2)])

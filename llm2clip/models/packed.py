@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llm2clip.errors import ModelError
 from llm2clip.models.tokens import CaptionBatch, Tokens
 from llm2clip.packing import pack
-from llm2clip_kernels import packed_attention
+from llm2clip_kernels import packed_attention, segment_mean
 
 IMPLEMENTATION = "llm2clip_packed"
 
@@ -34,6 +34,7 @@ class PackedBatch:
         cu_seqlens: (B + 1,) int32; caption b owns the tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
         pool_starts: (B,) int64, the first pooled token of each caption, counted from the start of the pack.
         max_seqlen: tokens of the longest caption.
+        empty: whether a caption has no token to pool.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     pool_starts: Tensor
     max_seqlen: int
+    empty: bool = False
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
@@ -50,6 +52,7 @@ class PackedBatch:
             self.cu_seqlens.to(device),
             self.pool_starts.to(device),
             self.max_seqlen,
+            self.empty,
         )
 
     def __len__(self) -> int:
@@ -78,8 +81,8 @@ def unpad(batch: CaptionBatch) -> PackedBatch:
 def _packed(ids: Tensor, lengths: Tensor, skipped: Tensor) -> PackedBatch:
     edges = nn.functional.pad(lengths.cumsum(0), (1, 0))
     positions = torch.arange(len(ids), device=ids.device) - edges[:-1].repeat_interleave(lengths)
-    longest = int(lengths.max())
-    return PackedBatch(ids, positions, edges.to(torch.int32), edges[:-1] + skipped, longest)
+    longest, empty = int(lengths.max()), bool((lengths <= skipped).any())
+    return PackedBatch(ids, positions, edges.to(torch.int32), edges[:-1] + skipped, longest, empty)
 
 
 def make_packs(
@@ -110,21 +113,39 @@ def pool_packed(hidden: Tensor, batch: PackedBatch, kind: str) -> Tensor:
         kind: `mean`, `weighted_mean` (weights 1, 2, ..., n) or `eos` (the last token).
     """
     ends = batch.cu_seqlens[1:].long()
-    counts = ends - batch.pool_starts
     out = hidden.new_zeros(len(batch), hidden.shape[1], dtype=torch.float32)
     if kind == "eos":
         filled = (ends > batch.cu_seqlens[:-1])[:, None]
         last = hidden[(ends - 1).clamp(min=0)] if len(hidden) else out
         return torch.where(filled, last.float(), out)
-    owner = torch.repeat_interleave(
-        torch.arange(len(batch), device=hidden.device), batch.cu_seqlens.diff(), output_size=len(hidden)
-    )
-    place = torch.arange(len(hidden), device=hidden.device) - batch.pool_starts[owner]
-    pooled, count = place >= 0, counts[owner].clamp(min=1).float()
-    weights = 1 / count if kind == "mean" else 2 * (place + 1) / (count * (count + 1))
-    # zeroed, not multiplied by 0: states outside of the span may hold NaN
-    states = (hidden.float() * weights[:, None]).masked_fill(~pooled[:, None], 0.0)
-    return out.index_add(0, owner, states)
+    if batch.empty:
+        whole = ends > batch.pool_starts
+        return (
+            out.index_copy(0, whole.nonzero()[:, 0], _means(hidden, batch, kind, whole))
+            if whole.any()
+            else out
+        )
+    return _means(hidden, batch, kind, None)
+
+
+def _means(hidden: Tensor, batch: PackedBatch, kind: str, kept: Tensor | None) -> Tensor:
+    """Plain or weighted means of the captions that `kept` (B,) marks, None for all; none of them empty."""
+    starts, ends, pooled = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long(), batch.pool_starts
+    edges = batch.cu_seqlens
+    if kept is not None:
+        # the tokens of what is left out fall to the sequence after it, outside of its span
+        starts, ends, pooled = starts[kept], ends[kept], pooled[kept]
+        edges = torch.cat([ends.new_zeros(1), ends])
+        edges[-1] = len(hidden)
+        starts = edges[:-1]
+    spans = torch.stack([pooled - starts, ends - starts], dim=1)
+    if kind == "weighted_mean":
+        counts = ends - pooled
+        place = torch.arange(len(hidden), device=hidden.device)
+        owner = torch.searchsorted(edges[1:].long(), place, right=True)
+        weights = 2 * (place - pooled[owner] + 1) / (counts[owner] + 1)
+        hidden = hidden.float() * weights[:, None]
+    return segment_mean(hidden, edges, spans=spans).float()
 
 
 def model_inputs(batch: PackedBatch) -> dict[str, Any]:

@@ -17,19 +17,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import backend as backends
+from .. import native
 from ..checks import FLOATS
 from . import buckets, library
-from .plan import Bucket, check_edges, make_plan
+from .plan import check_edges, make_plan
 
 Backend = Literal["auto", "varlen", "xformers", "buckets"]
 
 _logger = logging.getLogger("llm2clip_kernels")
 
 
-def _plan(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, window: int) -> tuple[Bucket, ...]:
+def _edges(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[int, ...]:
     edges = tuple(cu_seqlens.tolist())
     check_edges(edges, q.shape[0], max_seqlen)
-    return make_plan(edges, causal, None if window < 0 else window, q.device)
+    return edges
+
+
+def _native(q: Tensor, softcap: float) -> bool:
+    return softcap == 0 and backends.choose(q.device, q.dtype) == "native" and native.available()
+
+
+def _floats(*tensors: Tensor) -> list[Tensor]:
+    return [t.float().contiguous() for t in tensors]
 
 
 # window -1 and softcap 0 stand for None: one schema type each, whatever the caller leaves out
@@ -45,7 +55,13 @@ def _forward(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    plan = _plan(q, cu_seqlens, max_seqlen, causal, window)
+    edges = _edges(q, cu_seqlens, max_seqlen)
+    if _native(q, softcap):
+        out: Tensor = torch.ops.llm2clip_native.packed_attention_forward(
+            *_floats(q, k, v), cu_seqlens.long().contiguous(), causal, window, scale
+        )
+        return out.to(q.dtype)
+    plan = make_plan(edges, causal, None if window < 0 else window, q.device)
     return buckets.forward(q, k, v, plan, scale, softcap or None)
 
 
@@ -80,7 +96,20 @@ def _backward(
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(q, cu_seqlens, max_seqlen, causal, window)
+    edges = _edges(q, cu_seqlens, max_seqlen)
+    if _native(q, softcap):
+        dq, dk, dv = torch.ops.llm2clip_native.packed_attention_backward(
+            *_floats(grad, q, k, v),
+            cu_seqlens.long().contiguous(),
+            causal,
+            window,
+            scale,
+            need_q,
+            need_k,
+            need_v,
+        )
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    plan = make_plan(edges, causal, None if window < 0 else window, q.device)
     return buckets.backward(grad, q, k, v, plan, scale, softcap or None, need_q, need_k, need_v)
 
 
