@@ -139,8 +139,15 @@ class ModelSettings:
     )
     adapter_expansion: int = setting(2, "hidden width of a block, in multiples of the LLM's width")
     adapter_dropout: float = setting(0.0, "dropout inside a block")
-    logit_scale_init: float = setting(2.6592600, "logarithm of the initial logit scale; ln(1 / 0.07)")
+    logit_scale_init: float | None = setting(
+        None,
+        "logarithm of the initial logit scale; null: as the loss's paper has it, ln(1 / 0.07) for softmax, ln 10 "
+        "for sigmoid",
+    )
     logit_scale_max: float = setting(4.6051702, "upper bound of that logarithm; ln 100")
+    logit_bias_init: float | None = setting(
+        None, "initial logit bias; null: -10 for the sigmoid loss, no bias for softmax, where it cancels"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +268,19 @@ class EmbedSettings:
 class ClipLossSettings:
     """Loss of the CLIP stage."""
 
-    kind: Literal["softmax"] = setting("softmax", "symmetric InfoNCE over the whole batch of all ranks")
-    label_smoothing: float = setting(0.0, "share of the target spread over the batch")
+    kind: Literal["softmax", "sigmoid"] = setting(
+        "softmax",
+        "over the whole batch of all ranks: `softmax`, symmetric InfoNCE; or `sigmoid`, SigLIP's loss with a learned "
+        "bias",
+    )
+    label_smoothing: float = setting(0.0, "softmax: share of the target spread over the batch")
     mask_duplicates: bool = setting(True, "never put two images of one group into a rank's batch")
+
+    def __post_init__(self) -> None:
+        if self.kind == "sigmoid" and self.label_smoothing != 0.0:
+            raise ConfigError(
+                f"loss.label_smoothing: the sigmoid loss has none, got {self.label_smoothing}; set it to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,14 @@ def exit_codes(ranks: list[Any], seconds: float = 60.0) -> list[int | None]:
     return codes
 
 
-@pytest.mark.parametrize("micro_batch", [0, 3])
-@pytest.mark.parametrize("stage", [Kit.llm_stage, Kit.clip_stage])
+def sigmoid_stage(kit: Kit, out: Path, **run: Any) -> Any:
+    return kit.clip_stage(out, loss={"kind": "sigmoid"}, **run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_batch"),
+    [(Kit.llm_stage, 0), (Kit.llm_stage, 3), (Kit.clip_stage, 0), (Kit.clip_stage, 3), (sigmoid_stage, 3)],
+)
 def test_two_processes_train_like_one(
     kit: Kit, tmp_path: Path, stage: Callable[..., Any], micro_batch: int
 ) -> None:
@@ -89,6 +95,9 @@ def test_two_processes_train_like_one(
     mine, theirs = newest_tensors(tmp_path / "two"), newest_tensors(tmp_path / "one")
     assert mine.keys() == theirs.keys()
     for name in mine:
+        if name.endswith("k_proj.bias"):
+            # cancels in the softmax over the keys: its gradient is rounding, which Adam makes large
+            continue
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=2e-4, msg=name)
     assert (tmp_path / "two" / "result" / "DONE").exists()
 

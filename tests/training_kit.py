@@ -255,6 +255,7 @@ class Kit:
                 "adapter_depth": 1,
                 "adapter_dropout": dropout,
             },
+            "loss": run.pop("loss", {}),
             "optim": {"lr": run.pop("lr", 1e-3), "warmup_steps": 2},
             "run": self._run(out, run),
         }

@@ -9,11 +9,12 @@ _PREFIXES = {
     "visual_projection.": "projection",
     "text_adapter.": "adapter",
     "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
 }
 
 
 def group_of(name: str) -> str:
-    """Group of a parameter by its name: vision, projection, adapter, logit_scale, lora, or other."""
+    """Group of a parameter by its name: vision, projection, adapter, logit_scale, logit_bias, lora, or other."""
     if ".lora_" in name:
         return "lora"
     return next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "other")

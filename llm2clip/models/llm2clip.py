@@ -18,6 +18,8 @@ from llm2clip.models.vision import VisionTower, build_vision_tower, tower_from_c
 from llm2clip.settings import ModelSettings
 
 _FORMAT = 1
+# CLIP's: ln(1 / 0.07)
+_LOG_SCALE = 2.6592600
 
 
 class LLM2CLIP(nn.Module):
@@ -33,6 +35,7 @@ class LLM2CLIP(nn.Module):
     Attributes:
         vision_model, visual_projection (no bias), text_adapter: the parts, named as in published checkpoints.
         logit_scale: logarithm of the scale; `forward` returns it exponentiated and bounded.
+        logit_bias: added to every logit by the sigmoid loss; None where `settings.logit_bias_init` is.
     """
 
     def __init__(
@@ -58,7 +61,11 @@ class LLM2CLIP(nn.Module):
             settings.adapter_expansion,
             settings.adapter_dropout,
         )
-        self.logit_scale = nn.Parameter(torch.tensor(float(settings.logit_scale_init)))
+        scale, bias = settings.logit_scale_init, settings.logit_bias_init
+        self.logit_scale = nn.Parameter(torch.tensor(_LOG_SCALE if scale is None else float(scale)))
+        self.logit_bias: nn.Parameter | None = None
+        if bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> (B, D), not unit norm."""
@@ -72,13 +79,18 @@ class LLM2CLIP(nn.Module):
         """Features for a contrastive loss.
 
         Returns:
-            image_features (B, D) and text_features (B, D) of unit norm, logit_scale (0-dim, a multiplier).
+            image_features (B, D) and text_features (B, D) of unit norm, logit_scale (0-dim, a multiplier), and
+            logit_bias (0-dim) where the model has one.
         """
-        return {
+        outputs = {
             "image_features": F.normalize(self.get_image_features(pixel_values), dim=-1),
             "text_features": F.normalize(self.get_text_features(llm_embeddings), dim=-1),
             "logit_scale": self.logit_scale.clamp(max=self.settings.logit_scale_max).exp(),
         }
+        if self.logit_bias is not None:
+            # not the parameter itself: an output may be changed in place
+            outputs["logit_bias"] = self.logit_bias.clone()
+        return outputs
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -129,9 +141,12 @@ class LLM2CLIP(nn.Module):
                 f"{folder} has format {config.get('format')!r}, this version reads {_FORMAT}; upgrade "
                 "llm2clip"
             )
-        names = {field.name for field in dataclasses.fields(ModelSettings)} - {"vision"}
+        names = {field.name for field in dataclasses.fields(ModelSettings)} - {"vision", "logit_bias_init"}
         try:
-            settings = ModelSettings(**{name: config[name] for name in names})
+            # models saved before there was a sigmoid loss do not say that they have no bias
+            settings = ModelSettings(
+                **{name: config[name] for name in names}, logit_bias_init=config.get("logit_bias_init")
+            )
             model = cls(
                 settings,
                 int(config["llm_dim"]),

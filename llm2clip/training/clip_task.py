@@ -6,8 +6,9 @@ The LLM is frozen and absent: captions enter as the embeddings that `llm2clip em
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +25,12 @@ from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataEr
 from llm2clip.files import read_json, write_json
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.settings import CaptionSettings, TrainSettings
+from llm2clip.settings import CaptionSettings, ModelSettings, TrainSettings
 from llm2clip.training import checkpoint
 from llm2clip.training.batches import rank_batches
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.world import World
-from llm2clip_kernels import infonce_loss
+from llm2clip_kernels import infonce_loss, sigmoid_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class ImageTextChunk:
 
 
 class TwoTowers(nn.Module):
-    """`ImageTextChunk` -> unit-norm `image` and `text` (b, D), and the 0-dim multiplier `scale`."""
+    """`ImageTextChunk` -> unit-norm `image` and `text` (b, D), the 0-dim multiplier `scale`, and `bias` if any."""
 
     def __init__(self, model: LLM2CLIP) -> None:
         super().__init__()
@@ -69,11 +70,10 @@ class TwoTowers(nn.Module):
 
     def forward(self, chunk: ImageTextChunk) -> dict[str, Tensor]:
         outputs = self.model(chunk.pixels, chunk.embeddings)
-        return {
-            "image": outputs["image_features"],
-            "text": outputs["text_features"],
-            "scale": outputs["logit_scale"],
-        }
+        names = {
+            "image": "image_features", "text": "text_features", "scale": "logit_scale", "bias": "logit_bias"
+        }  # fmt: skip
+        return {ours: outputs[theirs] for ours, theirs in names.items() if theirs in outputs}
 
 
 class ClipTask:
@@ -97,7 +97,9 @@ class ClipTask:
         require_stored_captions(self._source, settings.data.captions, self._store)
         _require_same_encoder(Path(settings.run.out), self._store, world)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
-        self.model = LLM2CLIP(settings.model, self._store.dim, self._store.fingerprint).to(world.device)
+        self.model = LLM2CLIP(model_settings(settings), self._store.dim, self._store.fingerprint).to(
+            world.device
+        )
         self.module: nn.Module = TwoTowers(self.model)
         self.samples = len(self._source)
         vision = self.model.vision_model
@@ -129,16 +131,19 @@ class ClipTask:
 
     def loss(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
-        value = infonce_loss(
-            image,
-            text,
-            scale,
-            label_smoothing=self.settings.loss.label_smoothing,
-            group=torch.distributed.group.WORLD if self._world.size > 1 else None,
-        )
+        group = torch.distributed.group.WORLD if self._world.size > 1 else None
+        metrics = {"logit_scale": scale.detach()}
+        if self.settings.loss.kind == "sigmoid":
+            metrics["logit_bias"] = outputs["bias"].detach()
+            value = sigmoid_loss(image, text, scale, outputs["bias"], group=group)
+        else:
+            smoothing = self.settings.loss.label_smoothing
+            value = infonce_loss(
+                image, text, scale, label_smoothing=smoothing, logit_bias=outputs.get("bias"), group=group
+            )
         with torch.no_grad():
             similarity = (image * text).sum(-1).float().mean()
-        return value, {"positive_similarity": similarity, "logit_scale": scale.detach()}
+        return value, {"positive_similarity": similarity, **metrics}
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale()
@@ -158,6 +163,22 @@ class ClipTask:
     def export(self, path: Path) -> None:
         """Write the model as `LLM2CLIP.from_pretrained` reads it."""
         self.model.save_pretrained(path)
+
+
+def model_settings(settings: TrainSettings) -> ModelSettings:
+    """The model's settings with the loss's own first scale and bias where they are left open.
+
+    SigLIP (arXiv 2303.15343, section 3.2): scale 10 and bias -10, which make up for the many negatives.
+    """
+    model = settings.model
+    if settings.loss.kind != "sigmoid":
+        return model
+    scale, bias = model.logit_scale_init, model.logit_bias_init
+    return replace(
+        model,
+        logit_scale_init=math.log(10.0) if scale is None else scale,
+        logit_bias_init=-10.0 if bias is None else bias,
+    )
 
 
 def require_stored_captions(
