@@ -2,9 +2,10 @@
 
 python -m benchmarks.bench_llm_step --batch 16 --steps 3
 
-`peft_padded`: short and long captions each padded to their longest, in data order, in one graph. `packed`: the
-same batch in packs, in one graph. `packed_cached`: in packs of `--budget` tokens through the gradient cache. All
-start from the same adapter, see the same batches and take AdamW steps; their losses must agree.
+`peft_padded`: short and long captions each padded to their longest, in data order, in one graph, with peft's own
+layers. `peft_packed`: the same layers, in packs. `packed`: with fused LoRA layers too. `packed_cached`: in packs
+of `--budget` tokens through the gradient cache. All start from the same adapter, see the same batches and take
+AdamW steps; their losses must agree.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llm2clip.settings import LoraSettings
 from llm2clip.training import gradient_cache
 from llm2clip.training.llm_task import CaptionPairEmbedder, PairTokens
 
-PROVIDERS = ("peft_padded", "packed", "packed_cached")
+PROVIDERS = ("peft_padded", "peft_packed", "packed", "packed_cached")
 SCALE = 20.0
 LOSS_LIMIT = {"fp32": 1e-3, "bf16": 5e-2}
 
@@ -52,7 +53,8 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             self.encoder, self.model = captions.encoder(options.model, Path(folder), layout=layout)
         torch.manual_seed(0)
-        self.encoder.add_lora(LoraSettings(rank=16, alpha=32.0, dropout=0.0))
+        fused: Any = "off" if name.startswith("peft") else "auto"
+        self.encoder.add_lora(LoraSettings(rank=16, alpha=32.0, dropout=0.0, fused=fused))
         self.encoder.train()
         self.module = CaptionPairEmbedder(self.encoder)
         self.optimizer = torch.optim.AdamW([p for p in self.encoder.parameters() if p.requires_grad], lr=1e-4)

@@ -15,30 +15,7 @@ import torch
 from llm2clip.models import CaptionEncoder
 
 OPENSTAX = Path(__file__).resolve().parents[2] / "shared" / "data" / "openstax"
-_WORDS = [
-    "the",
-    "of",
-    "a",
-    "and",
-    "in",
-    "to",
-    "is",
-    "with",
-    "on",
-    "by",
-    "an",
-    "from",
-    "as",
-    "at",
-    "for",
-    "that",
-    "are",
-    "two",
-    "one",
-    "figure",
-    "diagram",
-    "shows",
-]
+_WORDS = ("the", "of", "a", "and", "in", "to", "is", "with", "on", "by", "figure", "diagram", "shows")
 
 
 def pairs(count: int, data: Path = OPENSTAX, seed: int = 0) -> tuple[list[tuple[str, str]], str]:

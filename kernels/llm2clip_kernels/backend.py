@@ -111,6 +111,11 @@ def build_info() -> dict[str, Any]:
                 }
                 for op in ("sigmoid_loss", "similarity_distill", "similarity_lse")
             },
+            # on a GPU it asks torch and xformers, call by call (docs/packing.md)
+            "packed_attention": {
+                f"cpu {str(dtype).removeprefix('torch.')}": choose(torch.device("cpu"), dtype)
+                for dtype in dtypes
+            },
             "similarity_rank": {
                 f"{device} {str(dtype).removeprefix('torch.')}": choose_retrieval(torch.device(device), dtype)
                 for device in devices
