@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_kernels import infonce_loss, nll_loss
+from llm2clip_kernels.similarity_lse import op
 
 
 def pair(rows: int = 21, dim: int = 12, noise: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +73,32 @@ def test_learned_pairs_keep_their_small_gradients(dtype: torch.dtype) -> None:
     for g, r, w, bit in zip(got, reference, want, resolution, strict=True):
         floor = {torch.float32: 1e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype] * w.norm()
         assert (g.double() - w).norm() <= 2 * (r - w).norm() + floor + bit  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_small_batches_are_plain_torch(
+    smoothing: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same terms and gradients, to rounding, without the op."""
+    inputs = [F.normalize(torch.randn(12, 8), dim=1).to(dtype) for _ in "xy"]
+    results = []
+    for limit in (0, 12 * 12):
+        monkeypatch.setattr(op, "_SMALL_PAIRS", limit)
+        x, y, scale = (t.clone().requires_grad_() for t in (*inputs, torch.tensor(9.0)))
+        called: list[int] = []
+        real = op._forward
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                op, "_forward", lambda *a, real=real, called=called: (called.append(1), real(*a))[1]
+            )
+            terms = infonce_loss(x, y, scale, label_smoothing=smoothing, reduction="none")
+        assert len(called) == (limit == 0)
+        (terms * torch.linspace(1, 2, 12).to(terms)).sum().backward()
+        results.append([terms.detach(), x.grad, y.grad, scale.grad])
+    for plain, ours in zip(*results, strict=True):
+        assert plain is not None and ours is not None
+        assert torch.allclose(plain, ours, rtol=1e-5 if dtype != torch.bfloat16 else 1e-2, atol=1e-5)
 
 
 def test_bias_gets_a_zero_gradient() -> None:

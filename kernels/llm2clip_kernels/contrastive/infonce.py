@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .. import distributed
-from ..checks import check_groups, check_pair, scale_tensor
+from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
 from ..distributed import Group
-from ..similarity_lse.op import Method
+from ..similarity_lse.op import Method, is_small
 from .common import (
     GradReduction,
     Reduction,
@@ -50,6 +51,20 @@ def _mean_logits(
     )
 
 
+def _plain_terms(x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
+    """(B,) terms of a batch so small that the matrix costs less than the algebra around the op."""
+    wide = accumulator(x.dtype)
+    x, y = autocast_inputs(x, y)
+    with full_precision(x.device):
+        logits = (x.to(wide) @ y.to(wide).T) * scale
+        target = torch.arange(x.shape[0], device=x.device)
+        by_row, by_column = (
+            cross_entropy(side, target, reduction="none", label_smoothing=label_smoothing)
+            for side in (logits, logits.T)
+        )
+        return 0.5 * (by_row + by_column)
+
+
 def symmetric_terms(
     x: Tensor,
     y: Tensor,
@@ -78,6 +93,8 @@ def symmetric_terms(
         (B,) fp32 (fp64 for fp64) losses whose backward makes the gradient of the sum over all ranks; N.
     """
     factor = scale_tensor(scale, x, "infonce_loss")
+    if groups is None and not distributed_ and is_small(x, y, method):
+        return _plain_terms(x, y, factor, label_smoothing), x.shape[0]
     transport: Transport = "ring" if distributed_ == "ring" else "gather" if distributed_ else "local"
     masked = groups is not None and same_group == "mask"
     spread = groups is not None and same_group == "positive"
@@ -234,4 +251,4 @@ def infonce_loss(
             distributed_="ring" if transport == "ring" else spread,
         )  # fmt: skip
         loss = reduce_terms(terms, total, reduction, grad_reduction, group, spread, x_weights)
-    return loss + zero_of(logit_bias, loss)
+    return loss if logit_bias is None else loss + zero_of(logit_bias, loss)

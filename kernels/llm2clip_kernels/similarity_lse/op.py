@@ -232,6 +232,11 @@ def _wants_cache(method: str, x: Tensor, y: Tensor, scale: Tensor) -> bool:
     return method == "cached" or each * x.shape[0] * y.shape[0] <= _CACHE_BUDGET
 
 
+def is_small(x: Tensor, y: Tensor, method: str) -> bool:
+    """Returns whether `method` leaves this many pairs to plain torch with the matrix in memory."""
+    return method == "auto" and x.shape[0] * y.shape[0] <= _SMALL_PAIRS
+
+
 def similarity_lse_with_positives(
     x: Tensor,
     y: Tensor,
@@ -272,7 +277,7 @@ def similarity_lse_with_positives(
     factor = scale_tensor(scale, x, "similarity_lse")
     columns = directions == "both"
     groups = check_groups(x_groups, y_groups, x, y, "similarity_lse")
-    if method == "auto" and x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
+    if is_small(x, y, method):
         with full_precision(x.device):
             return plain.forward(x, y, factor, columns, diagonal, *groups)
     row, col, pos, low, _ = _forward(
@@ -328,6 +333,7 @@ def similarity_lse(
 __all__ = [
     "Directions",
     "Method",
+    "is_small",
     "similarity_lse",
     "similarity_lse_with_positives",
 ]
