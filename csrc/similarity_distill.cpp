@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "distill_rows.h"
@@ -22,30 +23,23 @@
 namespace llm2clip {
 namespace {
 
-// calls body(first row, rows, first column, columns) for every tile
-template <class Body>
-void for_each_tile(int64_t rows, int64_t cols, int64_t tile, const Body& body) {
-  for (int64_t r = 0; r < rows; r += tile) {
-    for (int64_t c = 0; c < cols; c += tile) body(r, std::min(tile, rows - r), c, std::min(tile, cols - c));
-  }
-}
-
-// The four matrices, and the two tiles of products.
+// The four matrices, and the two tiles of products of every worker.
 struct Matrices {
   const Tensor& x;
   const Tensor& y;
   const Tensor& p;
   const Tensor& q;
   float scale, teacher_scale;
-  int64_t rows, cols, tile;
-  Tensor student, teacher;
+  Tiles tiles;
+  int64_t rows, cols;
+  std::vector<Tensor> student, teacher;
 
   Matrices(const Tensor& x, const Tensor& y, double scale, const Tensor& p, const Tensor& q, double teacher_scale,
-           int64_t tile)
+           int64_t tile, bool with_teacher = true)
       : x(x), y(y), p(p), q(q), scale(static_cast<float>(scale)), teacher_scale(static_cast<float>(teacher_scale)),
-        rows(x.size(0)), cols(y.size(0)), tile(tile),
-        student(flat_floats(x, std::min(tile, rows) * std::min(tile, cols))),
-        teacher(flat_floats(x, std::min(tile, rows) * std::min(tile, cols))) {
+        tiles(x, y, tile), rows(tiles.rows), cols(tiles.cols),
+        student(worker_buffers(x, tiles.workers, tiles.height * tiles.width)),
+        teacher(worker_buffers(x, with_teacher ? tiles.workers : 0, tiles.height * tiles.width)) {
     for (const Tensor* t : {&x, &y, &p, &q}) {
       STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->is_contiguous(),
                       "similarity_distill: the CPU kernel takes contiguous float32 matrices");
@@ -54,18 +48,20 @@ struct Matrices {
                     "similarity_distill: x (M, D), y (N, D), p (M, E), q (N, E)");
   }
 
-  // rows [first, first + count) of the tile of n columns
-  DistillTile block(int64_t first, int64_t count, int64_t n, bool with_teacher = true) const {
-    return {data(student) + first * n, with_teacher ? data(teacher) + first * n : nullptr,
-            count, n, scale, teacher_scale};
+  // rows [first, first + count) of a tile
+  DistillTile block(const Tile& t, int64_t first, int64_t count) const {
+    return {data(student[t.worker]) + first * t.n,
+            teacher.empty() ? nullptr : data(teacher[t.worker]) + first * t.n, count, t.n, scale, teacher_scale};
   }
 
-  void multiply_tiles(int64_t r, int64_t m, int64_t c, int64_t n, bool with_teacher = true) const {
-    multiply(as_matrix(student, m, n), product_view(x, r, m), torch::stable::transpose(product_view(y, c, n), 0, 1),
-             false);
-    if (!with_teacher) return;
-    multiply(as_matrix(teacher, m, n), product_view(p, r, m), torch::stable::transpose(product_view(q, c, n), 0, 1),
-             false);
+  void multiply_tiles(const Tile& t) const {
+    product(student[t.worker], x, y, t);
+    if (!teacher.empty()) product(teacher[t.worker], p, q, t);
+  }
+
+  static void product(const Tensor& to, const Tensor& a, const Tensor& b, const Tile& t) {
+    multiply(as_matrix(to, t.m, t.n), product_view(a, t.r, t.m),
+             torch::stable::transpose(product_view(b, t.c, t.n), 0, 1), false);
   }
 };
 
@@ -108,10 +104,11 @@ struct Outputs {
   }
 
   // from the same tile, rounded the same way: an error of the logit then cancels in lse - pos
-  void take_positives(const Matrices& a, int64_t r, int64_t m, int64_t c, int64_t n) const {
-    for (int64_t i = 0; i < m && pos.numel() > 0; ++i) {
-      const int64_t j = diagonal + r + i - c;
-      if (j >= 0 && j < n) put(pos, row.numel() + col.numel(), r + i, a.scale * data(a.student)[i * n + j]);
+  void take_positives(const Matrices& a, const Tile& t) const {
+    for (int64_t i = 0; i < t.m && pos.numel() > 0; ++i) {
+      const int64_t j = diagonal + t.r + i - t.c;
+      if (j < 0 || j >= t.n) continue;
+      put(pos, row.numel() + col.numel(), t.r + i, a.scale * data(a.student[t.worker])[i * t.n + j]);
     }
   }
 
@@ -143,128 +140,160 @@ struct Origins {
   }
 };
 
-// the sums of one side, rows or columns
+// Sums of exp(S), exp(T) and exp(T)·(S - origin): along rows in doubles, along columns of a row block in floats.
+template <class Number>
 struct Sums {
-  std::vector<double> student, teacher, cross;
-  explicit Sums(int64_t count) : student(count, 0.0), teacher(count, 0.0), cross(count, 0.0) {}
+  std::vector<Number> student, teacher, cross;
+  explicit Sums(int64_t count) : student(count), teacher(count), cross(count) {}
 };
 
-// the sums along columns of every row block of a tile
-struct Partials {
-  std::vector<float> student, teacher, cross;
-  explicit Partials(int64_t count) : student(count), teacher(count), cross(count) {}
+// the maxima that such sums are relative to
+struct Maxima {
+  std::vector<float> student, teacher;
+  explicit Maxima(int64_t count) : student(count, kLowest), teacher(count, kLowest) {}
+  static constexpr float kLowest = -std::numeric_limits<float>::infinity();
 };
 
 int64_t partial_count(const Matrices& a, bool columns) {
-  return columns ? (std::min(a.tile, a.rows) + kBlock - 1) / kBlock * std::min(a.tile, a.cols) : 0;
+  return columns ? a.tiles.workers * a.tiles.blocks() * a.tiles.width : 0;
 }
 
 void sum_all(const Matrices& a, float shift, float teacher_shift, const Origins& origins, const Outputs& out) {
   const bool columns = out.columns();
-  Sums rows(a.rows);
-  Sums cols(columns ? a.cols : 0);
-  Partials partial(partial_count(a, columns));
-  for_each_tile(a.rows, a.cols, a.tile, [&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    a.multiply_tiles(r, m, c, n);
-    out.take_positives(a, r, m, c, n);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      const int64_t i = r + first;
-      const int64_t at = b * n;
-      distill_kernels().sum({a.block(first, count, n), shift, teacher_shift, &origins.row[i], &origins.col[c],
-                             &rows.student[i], &rows.teacher[i], &rows.cross[i],
-                             columns ? &partial.student[at] : nullptr, columns ? &partial.teacher[at] : nullptr,
-                             columns ? &partial.cross[at] : nullptr});
-    });
-    for (int64_t b = 0; columns && b * kBlock < m; ++b) {
-      for (int64_t j = 0; j < n; ++j) {
-        cols.student[c + j] += partial.student[b * n + j];
-        cols.teacher[c + j] += partial.teacher[b * n + j];
-        cols.cross[c + j] += partial.cross[b * n + j];
-      }
-    }
-  });
+  const int64_t height = a.tiles.height;
+  Sums<double> rows(a.tiles.workers * height);
+  Sums<double> cols(columns ? a.cols : 0);
+  Sums<float> partial(partial_count(a, columns));
   const double s = shift;
   const double t = teacher_shift;
-  for (int64_t i = 0; i < a.rows; ++i) {
-    out.put_row(i, std::log(rows.student[i]) + s, rows.cross[i] / rows.teacher[i] + origins.row[i],
-                std::log(rows.teacher[i]) + t);
-  }
-  for (int64_t j = 0; columns && j < a.cols; ++j) {
+  a.tiles.each(
+      [&](const Tile& tile) {
+        a.multiply_tiles(tile);
+        out.take_positives(a, tile);
+        const int64_t begin = tile.worker * a.tiles.blocks() * a.tiles.width;
+        for_each_block(tile.m, [&](int64_t b, int64_t first, int64_t count) {
+          const int64_t i = tile.worker * height + first;
+          const int64_t at = begin + b * tile.n;
+          distill_kernels().sum({a.block(tile, first, count), shift, teacher_shift, &origins.row[tile.r + first],
+                                 &origins.col[tile.c], &rows.student[i], &rows.teacher[i], &rows.cross[i],
+                                 columns ? &partial.student[at] : nullptr, columns ? &partial.teacher[at] : nullptr,
+                                 columns ? &partial.cross[at] : nullptr});
+        });
+        for (int64_t b = 0; columns && b * kBlock < tile.m; ++b) {
+          for (int64_t j = 0; j < tile.n; ++j) {
+            const int64_t at = begin + b * tile.n + j;
+            cols.student[tile.c + j] += partial.student[at];
+            cols.teacher[tile.c + j] += partial.teacher[at];
+            cols.cross[tile.c + j] += partial.cross[at];
+          }
+        }
+      },
+      [&](int64_t r, int64_t m) {
+        const auto take = [&](std::vector<double>& sums, int64_t i) {
+          double total = 0;
+          for (int64_t w = i; w < a.tiles.workers * height; w += height) {
+            total += sums[w];
+            sums[w] = 0;
+          }
+          return total;
+        };
+        for (int64_t i = 0; i < m; ++i) {
+          const double teacher = take(rows.teacher, i);
+          out.put_row(r + i, std::log(take(rows.student, i)) + s,
+                      take(rows.cross, i) / teacher + origins.row[r + i], std::log(teacher) + t);
+        }
+      });
+  for (size_t j = 0; j < cols.student.size(); ++j) {
     out.put_col(j, std::log(cols.student[j]) + s, cols.cross[j] / cols.teacher[j] + origins.col[j],
                 std::log(cols.teacher[j]) + t);
   }
 }
 
-// raises a running maximum and returns what sums relative to the old and the new one are multiplied by
-std::pair<double, double> raise(float& largest, float other) {
-  const float top = std::max(largest, other);
-  const double shift = finite_shift(top);
-  const std::pair<double, double> factors{std::exp(finite_shift(largest) - shift),
-                                          std::exp(finite_shift(other) - shift)};
-  largest = top;
-  return factors;
-}
+// One row or column relative to its maxima, and the merging of others into it.
+struct Running {
+  float student_max = Maxima::kLowest;
+  float teacher_max = Maxima::kLowest;
+  double student = 0, teacher = 0, cross = 0;
 
-double merged(double sum, double other, const std::pair<double, double>& factors) {
-  // an empty sum stays empty whatever its maximum was
-  return (sum == 0.0 ? 0.0 : sum * factors.first) + (other == 0.0 ? 0.0 : other * factors.second);
-}
+  template <class Number>
+  void add(const Maxima& maxima, const Sums<Number>& sums, int64_t at) {
+    const auto factors = raise(student_max, maxima.student[at]);
+    student = merged(student, sums.student[at], factors);
+    const auto teacher_factors = raise(teacher_max, maxima.teacher[at]);
+    teacher = merged(teacher, sums.teacher[at], teacher_factors);
+    cross = merged(cross, sums.cross[at], teacher_factors);
+  }
+  double lse() const { return std::log(student) + finite_shift(student_max); }
+  double teacher_lse() const { return std::log(teacher) + finite_shift(teacher_max); }
+
+ private:
+  using Factors = std::pair<double, double>;
+
+  // raises a maximum and returns what sums relative to the old and the other one are multiplied by
+  static Factors raise(float& largest, float other) {
+    const float top = std::max(largest, other);
+    const double shift = finite_shift(top);
+    const Factors factors{std::exp(finite_shift(largest) - shift), std::exp(finite_shift(other) - shift)};
+    largest = top;
+    return factors;
+  }
+  static double merged(double sum, double other, const Factors& factors) {
+    // an empty sum stays empty whatever its maximum was
+    return (sum == 0.0 ? 0.0 : sum * factors.first) + (other == 0.0 ? 0.0 : other * factors.second);
+  }
+};
 
 void sum_all_online(const Matrices& a, const Origins& origins, const Outputs& out) {
-  constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const bool columns = out.columns();
-  Sums rows(a.rows);
-  Sums cols(columns ? a.cols : 0);
-  std::vector<float> row_max(a.rows, kLowest);
-  std::vector<float> row_teacher_max(a.rows, kLowest);
-  std::vector<float> col_max(cols.student.size(), kLowest);
-  std::vector<float> col_teacher_max(cols.student.size(), kLowest);
-  Partials partial(partial_count(a, columns));
-  std::vector<float> partial_max(partial.student.size());
-  std::vector<float> partial_teacher_max(partial.student.size());
-  for_each_tile(a.rows, a.cols, a.tile, [&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    a.multiply_tiles(r, m, c, n);
-    out.take_positives(a, r, m, c, n);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      const int64_t i = r + first;
-      DistillOnline o{};
-      o.tile = a.block(first, count, n);
-      o.row_origin = &origins.row[i];
-      o.col_origin = &origins.col[c];
-      o.row_student_max = &row_max[i];
-      o.row_teacher_max = &row_teacher_max[i];
-      o.row_student = &rows.student[i];
-      o.row_teacher = &rows.teacher[i];
-      o.row_cross = &rows.cross[i];
-      if (columns) {
-        o.col_student_max = &partial_max[b * n];
-        o.col_teacher_max = &partial_teacher_max[b * n];
-        o.col_student = &partial.student[b * n];
-        o.col_teacher = &partial.teacher[b * n];
-        o.col_cross = &partial.cross[b * n];
-      }
-      distill_kernels().online(o);
-    });
-    for (int64_t b = 0; columns && b * kBlock < m; ++b) {
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t k = b * n + j;
-        const auto factors = raise(col_max[c + j], partial_max[k]);
-        cols.student[c + j] = merged(cols.student[c + j], partial.student[k], factors);
-        const auto teacher_factors = raise(col_teacher_max[c + j], partial_teacher_max[k]);
-        cols.teacher[c + j] = merged(cols.teacher[c + j], partial.teacher[k], teacher_factors);
-        cols.cross[c + j] = merged(cols.cross[c + j], partial.cross[k], teacher_factors);
-      }
-    }
-  });
-  for (int64_t i = 0; i < a.rows; ++i) {
-    out.put_row(i, std::log(rows.student[i]) + finite_shift(row_max[i]),
-                rows.cross[i] / rows.teacher[i] + origins.row[i],
-                std::log(rows.teacher[i]) + finite_shift(row_teacher_max[i]));
-  }
-  for (size_t j = 0; j < cols.student.size(); ++j) {
-    out.put_col(j, std::log(cols.student[j]) + finite_shift(col_max[j]),
-                cols.cross[j] / cols.teacher[j] + origins.col[j],
-                std::log(cols.teacher[j]) + finite_shift(col_teacher_max[j]));
+  const int64_t height = a.tiles.height;
+  Sums<double> rows(a.tiles.workers * height);
+  Maxima row_max(a.tiles.workers * height);
+  std::vector<Running> cols(columns ? a.cols : 0);
+  Sums<float> partial(partial_count(a, columns));
+  Maxima partial_max(partial_count(a, columns));
+  a.tiles.each(
+      [&](const Tile& tile) {
+        a.multiply_tiles(tile);
+        out.take_positives(a, tile);
+        const int64_t begin = tile.worker * a.tiles.blocks() * a.tiles.width;
+        for_each_block(tile.m, [&](int64_t b, int64_t first, int64_t count) {
+          const int64_t i = tile.worker * height + first;
+          const int64_t at = begin + b * tile.n;
+          DistillOnline o{};
+          o.tile = a.block(tile, first, count);
+          o.row_origin = &origins.row[tile.r + first];
+          o.col_origin = &origins.col[tile.c];
+          o.row_student_max = &row_max.student[i];
+          o.row_teacher_max = &row_max.teacher[i];
+          o.row_student = &rows.student[i];
+          o.row_teacher = &rows.teacher[i];
+          o.row_cross = &rows.cross[i];
+          if (columns) {
+            o.col_student_max = &partial_max.student[at];
+            o.col_teacher_max = &partial_max.teacher[at];
+            o.col_student = &partial.student[at];
+            o.col_teacher = &partial.teacher[at];
+            o.col_cross = &partial.cross[at];
+          }
+          distill_kernels().online(o);
+        });
+        for (int64_t b = 0; columns && b * kBlock < tile.m; ++b) {
+          for (int64_t j = 0; j < tile.n; ++j) cols[tile.c + j].add(partial_max, partial, begin + b * tile.n + j);
+        }
+      },
+      [&](int64_t r, int64_t m) {
+        for (int64_t i = 0; i < m; ++i) {
+          Running total;
+          for (int64_t w = i; w < a.tiles.workers * height; w += height) {
+            total.add(row_max, rows, w);
+            rows.student[w] = rows.teacher[w] = rows.cross[w] = 0;
+            row_max.student[w] = row_max.teacher[w] = Maxima::kLowest;
+          }
+          out.put_row(r + i, total.lse(), total.cross / total.teacher + origins.row[r + i], total.teacher_lse());
+        }
+      });
+  for (size_t j = 0; j < cols.size(); ++j) {
+    out.put_col(j, cols[j].lse(), cols[j].cross / cols[j].teacher + origins.col[j], cols[j].teacher_lse());
   }
 }
 
@@ -331,8 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> distill_backward(
     double teacher_scale, const Tensor& row_lse, const Tensor& col_lse, const Tensor& teacher_row,
     const Tensor& teacher_col, const Tensor& low, int64_t diagonal, bool need_x, bool need_y, bool need_scale,
     int64_t tile) {
-  const Matrices a(x, y, scale, p, q, teacher_scale, tile);
   const bool taught = g_cross_row.numel() > 0;
+  const Matrices a(x, y, scale, p, q, teacher_scale, tile, taught);
   const float shift = static_shift(x, y, scale);
   const float teacher_shift = taught ? static_shift(p, q, teacher_scale) : 0.0f;
   const float* row_low = data(low);
@@ -359,20 +388,33 @@ std::tuple<Tensor, Tensor, Tensor> distill_backward(
   Tensor dx = torch::stable::new_empty(x, {need_x ? a.rows : 0, x.size(1)}, ScalarType::Float);
   Tensor dy = torch::stable::new_empty(y, {need_y ? a.cols : 0, y.size(1)}, ScalarType::Float);
   Tensor dscale = flat_floats(x, need_scale ? 1 : 0);
-  std::vector<double> partial((std::min(tile, a.rows) + kBlock - 1) / kBlock, 0.0);
-  for_each_tile(a.rows, a.cols, tile, [&](int64_t r, int64_t m, int64_t c, int64_t n) {
-    a.multiply_tiles(r, m, c, n, taught);
-    for_each_block(m, [&](int64_t b, int64_t first, int64_t count) {
-      const int64_t i = r + first;
-      distill_kernels().grad({a.block(first, count, n, taught), student.at(i, c),
-                              taught ? teacher.at(i, c) : DistillFactors{}, online,
-                              g_pos.numel() > 0 ? data(g_pos) + i : nullptr, diagonal + i - c,
-                              need_scale ? &partial[b] : nullptr});
-    });
-    const Tensor g = as_matrix(a.student, m, n);
-    if (need_x) multiply(product_view(dx, r, m), g, product_view(y, c, n), c > 0);
-    if (need_y) multiply(product_view(dy, c, n), torch::stable::transpose(g, 0, 1), product_view(x, r, m), r > 0);
-  });
+  // rows are shared by all workers of a stripe
+  const bool share_rows = need_x && a.tiles.workers > 1;
+  const std::vector<Tensor> row_parts =
+      worker_buffers(x, share_rows ? a.tiles.workers : 0, a.tiles.height * x.size(1));
+  std::vector<double> partial(a.tiles.workers * a.tiles.blocks(), 0.0);
+  a.tiles.each(
+      [&](const Tile& t) {
+        a.multiply_tiles(t);
+        for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
+          const int64_t i = t.r + first;
+          distill_kernels().grad({a.block(t, first, count), student.at(i, t.c),
+                                  taught ? teacher.at(i, t.c) : DistillFactors{}, online,
+                                  g_pos.numel() > 0 ? data(g_pos) + i : nullptr, diagonal + i - t.c,
+                                  need_scale ? &partial[t.worker * a.tiles.blocks() + b] : nullptr});
+        });
+        const Tensor g = as_matrix(a.student[t.worker], t.m, t.n);
+        if (need_x) {
+          const Tensor to = share_rows ? as_matrix(row_parts[t.worker], t.m, x.size(1)) : product_view(dx, t.r, t.m);
+          multiply(to, g, product_view(y, t.c, t.n), !t.first);
+        }
+        if (need_y) {
+          multiply(product_view(dy, t.c, t.n), torch::stable::transpose(g, 0, 1), product_view(x, t.r, t.m), t.r > 0);
+        }
+      },
+      [&](int64_t r, int64_t m) {
+        if (share_rows) add_workers(product_view(dx, r, m), row_parts);
+      });
   if (need_scale) {
     double total = 0;
     for (double v : partial) total += v;

@@ -131,6 +131,19 @@ def test_tiles_of_the_native_kernel(tile: int, monkeypatch: pytest.MonkeyPatch) 
     assert_as_good_as_torch([30 * t for t in four(130, 157, 19, 7)], 20.0, 40.0)
 
 
+@pytest.mark.skipif(not native.available(), reason="the native library is not built")
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_a_stripe(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_CPU_TILE", 50)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_as_good_as_torch(four(130, 157, 19, 7), 20.0, 40.0)
+        assert_as_good_as_torch([30 * t for t in four(130, 157, 19, 7)], 20.0, 40.0)
+    finally:
+        torch.set_num_threads(before)
+
+
 def learned(rows: int, noise: float, dtype: torch.dtype) -> list[Tensor]:
     """A student that has nearly become its teacher."""
     p = features(rows, 24)
