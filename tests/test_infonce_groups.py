@@ -155,6 +155,15 @@ def test_bias_still_gets_a_zero_gradient() -> None:
     assert bias.grad == 0
 
 
+@pytest.mark.parametrize("same_group", ["mask", "positive"])
+def test_autocast_rounds_nothing(same_group: str) -> None:
+    x, y, ids = features(40), features(40), torch.randint(0, 15, (40,))
+    options: Any = {"groups": ids, "same_group": same_group, "label_smoothing": 0.2}
+    want = infonce_loss(x, y, 20.0, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(infonce_loss(x, y, 20.0, **options), want)
+
+
 def test_compiles_whole() -> None:
     def loss(x: Tensor, y: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
         masked = infonce_loss(x, y, scale, groups=ids, label_smoothing=0.1)

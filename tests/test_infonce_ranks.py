@@ -136,6 +136,27 @@ def check_subgroup(rank: int, world: int) -> None:
         torch.testing.assert_close(b.grad, whole[1].grad[mine])  # type: ignore[index]
 
 
+def check_frozen_sides(rank: int, world: int) -> None:
+    """One tower is frozen: the other's gradient is the same, and nothing of dy travels for it."""
+    x, y, ids = random_rows(6, 1), random_rows(6, 2), random_ids(6, 3)
+    mine = slice(2, 6) if rank else slice(0, 2)
+    whole = leaves(x, y)
+    options: dict[str, Any] = {"groups": ids, "same_group": "positive", "label_smoothing": 0.1}
+    dense_infonce(*whole, torch.tensor(9.0).double(), **options).backward()  # type: ignore[call-arg, arg-type]
+    for transport in (True, "ring"):
+        for side in (0, 1):
+            part = [x[mine].clone(), y[mine].clone()]
+            part[side].requires_grad_()
+            own = options | {"groups": ids[mine]}
+            infonce_loss(*part, 9.0, **own, gather=transport, grad_reduction="sum").backward()
+            torch.testing.assert_close(part[side].grad, whole[side].grad[mine])  # type: ignore[index]
+            assert part[1 - side].grad is None
+
+
+def test_a_frozen_tower() -> None:
+    run_on_ranks(2, check_frozen_sides)
+
+
 def test_a_group_that_is_not_everybody() -> None:
     run_on_ranks(3, check_subgroup)
 

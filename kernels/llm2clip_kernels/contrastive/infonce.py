@@ -42,7 +42,8 @@ def _mean_logits(
     sum_x, sum_y = wide_x.sum(0), wide_y.sum(0)
     if transport != "local":
         sum_x, sum_y = distributed.sum_over_ranks(sum_x, group), distributed.sum_over_ranks(sum_y, group)
-    by_row, by_column = scale * (wide_x @ sum_y), scale * (wide_y @ sum_x)
+    # products and sums rather than a matmul, which autocast would round
+    by_row, by_column = scale * (wide_x * sum_y).sum(1), scale * (wide_y * sum_x).sum(1)
     if not masked:
         return by_row / known.columns, by_column / known.rows
     return (
