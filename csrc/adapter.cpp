@@ -215,8 +215,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& pre, const Tensor& b
             Floats v = get(from + i * cols + j, n);
             if (b != nullptr) v += get(b + j, n);
             const Normal at_v = normal(v);
-            // v·φ(v) is zero where φ has underflowed, also for an infinite v
-            const Floats slope = at_v.below + (at_v.density == 0.0f ? Floats{} : v * at_v.density);
+            const Floats slope = at_v.below + v * at_v.density;
             Floats g = get(g_row + j, n);
             Floats value = v * at_v.below;
             if (dropout.active()) {

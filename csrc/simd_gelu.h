@@ -6,6 +6,42 @@
 
 namespace llm2clip {
 
+// exp(v) for v <= 0 within 2 ulp; not below 1e-38. Anything for NaN, which callers multiply by NaN again.
+LLM2CLIP_INLINE Floats exp_negative(Floats v) {
+  // as exp() of simd_exp.h, without what positive and special values need
+  constexpr float kRound = 12582912.0f;
+  const Floats lowest = broadcast(-87.33654f);
+  const Floats z = v > lowest ? v : lowest;
+  const Floats shifted = z * 1.44269504088896340736f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = (z - n * 0.693359375f) - n * -2.12194440054690583e-4f;
+  Floats p = broadcast(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Ints bits;
+  Ints exponent;
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  bits += exponent << 23;
+  Floats out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+LLM2CLIP_INLINE Floats magnitude(Floats v) {
+  Ints bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  bits &= 0x7fffffff;
+  Floats out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
 struct Normal {
   Floats below;    // Φ(v), relative error 3e-7 also in the lower tail, where 1 + erf would cancel
   Floats density;  // φ(v)
@@ -13,10 +49,10 @@ struct Normal {
 
 LLM2CLIP_INLINE Normal normal(Floats v) {
   constexpr float kInverseRoot2Pi = 0.39894228040143267794f;
-  const Floats size = v < 0.0f ? -v : v;
-  const Floats e = exp(v * v * -0.5f);
+  const Floats size = magnitude(v);
+  const Floats e = exp_negative(v * v * -0.5f);
   // 1 - Φ(s) = exp(-s²/2)·t·p(t), t = 1/(1 + 0.4 s): a weighted fit on [0, 13.5], beyond which the exponential
-  // is zero. Fitted to ½ erfcx(s/√2) in double precision; its own error is 1.5e-8.
+  // is as good as zero. Fitted to ½ erfcx(s/√2) in double precision; its own error is 1.5e-8.
   const Floats t = 1.0f / (size * 0.4f + 1.0f);
   Floats p = broadcast(0.03196587199511463f);
   p = p * t - 0.1754640707278019f;
@@ -29,7 +65,6 @@ LLM2CLIP_INLINE Normal normal(Floats v) {
   p = p * t + 0.15961187726826076f;
   p = p * t + 0.15957665374171015f;
   const Floats above = e * t * p;
-  // NaN is neither below nor above zero, and passes through the arithmetic
   return {v < 0.0f ? above : 1.0f - above, e * kInverseRoot2Pi};
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapter import adapter, adapter_block
 from .backend import build_info
 from .contrastive import distill_loss, infonce_loss, nll_loss, ranking_loss, sigmoid_loss
 from .l2_normalize import l2_normalize
@@ -15,6 +16,8 @@ from .similarity_topk import SimilarityTopK, similarity_topk, similarity_topk_st
 
 __all__ = [
     "SimilarityTopK",
+    "adapter",
+    "adapter_block",
     "build_info",
     "distill_loss",
     "infonce_loss",

@@ -3,14 +3,32 @@
 Structure and state-dict names are those of the published LLM2CLIP checkpoints: `adaptor.{i}.ln`,
 `adaptor.{i}.fn.0`, `adaptor.{i}.fn.3` for block i, then `adaptor.{depth}` (LayerNorm) and
 `adaptor.{depth + 1}` (Linear with bias).
+
+The forward runs the fused ops of `llm2clip_kernels` on the parameters of these modules: the same function with half the
+saved activations. A module that was replaced (LoRA, quantisation, a parametrisation) or carries hooks is called
+itself, and so are its neighbours in the block.
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm2clip.errors import ModelError
+from llm2clip_kernels import adapter_block, l2_normalize
+from llm2clip_kernels.adapter import layer_norm_linear
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether calling the module does nothing but its class's arithmetic, so that an op may stand in for it."""
+    if type(module) is not kind:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return not (hooks or module._backward_pre_hooks)
 
 
 class ResidualBlock(nn.Module):
@@ -24,7 +42,33 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+        """(..., dim) -> (..., dim). Dropout's mask comes from a seed drawn from torch's generator."""
+        if not _is_plain(self.fn, nn.Sequential) or len(self.fn) != 4:
+            return self.forward_plain(x)
+        norm, (first, gelu, dropout, last) = self.ln, self.fn
+        if not (
+            _is_plain(norm, nn.LayerNorm)
+            and _is_plain(first, nn.Linear)
+            and _is_plain(gelu, nn.GELU)
+            and gelu.approximate == "none"
+            and _is_plain(dropout, nn.Dropout)
+            and _is_plain(last, nn.Linear)
+        ):
+            return self.forward_plain(x)
+        return adapter_block(
+            x,
+            norm.weight,
+            norm.bias,
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
+            eps=norm.eps,
+            dropout_p=dropout.p if dropout.training else 0.0,
+        )
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """The same by torch's modules; the definition of `forward`."""
         return x + self.fn(self.ln(x))
 
 
@@ -73,6 +117,19 @@ class TextAdapter(nn.Module):
                 "they were made by another LLM. Embed the captions with the LLM that the model was "
                 "trained with."
             )
-        if self.normalize_input:
-            embeddings = F.normalize(embeddings, dim=-1)
-        return self.adaptor(embeddings)
+        x = l2_normalize(embeddings) if self.normalize_input else embeddings
+        *blocks, norm, last = self.adaptor
+        for block in blocks:
+            x = block(x)
+        if _is_plain(norm, nn.LayerNorm) and _is_plain(last, nn.Linear):
+            return layer_norm_linear(x, norm.weight, norm.bias, last.weight, last.bias, eps=norm.eps)
+        return last(norm(x))
+
+    def forward_plain(self, embeddings: Tensor) -> Tensor:
+        """The same by torch's modules, every activation kept; the definition of `forward`."""
+        x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
+        *blocks, norm, last = self.adaptor
+        for block in blocks:
+            assert isinstance(block, ResidualBlock)
+            x = block.forward_plain(x)
+        return last(norm(x))

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, read_json, write_json, write_text
 from llm2clip.models.adapter import TextAdapter
 from llm2clip.models.vision import VisionTower, build_vision_tower, tower_from_config
 from llm2clip.settings import ModelSettings
+from llm2clip_kernels import l2_normalize
 
 _FORMAT = 1
 # CLIP's: ln(1 / 0.07)
@@ -79,12 +79,12 @@ class LLM2CLIP(nn.Module):
         """Features for a contrastive loss.
 
         Returns:
-            image_features (B, D) and text_features (B, D) of unit norm, logit_scale (0-dim, a multiplier), and
-            logit_bias (0-dim) where the model has one.
+            image_features (B, D) and text_features (B, D) of unit norm, fp32 under autocast too, logit_scale (0-dim,
+            a multiplier), and logit_bias (0-dim) where the model has one.
         """
         outputs = {
-            "image_features": F.normalize(self.get_image_features(pixel_values), dim=-1),
-            "text_features": F.normalize(self.get_text_features(llm_embeddings), dim=-1),
+            "image_features": _unit(self.get_image_features(pixel_values)),
+            "text_features": _unit(self.get_text_features(llm_embeddings)),
             "logit_scale": self.logit_scale.clamp(max=self.settings.logit_scale_max).exp(),
         }
         if self.logit_bias is not None:
@@ -188,6 +188,11 @@ class LLM2CLIP(nn.Module):
             "model = LLM2CLIP.from_pretrained(path)\nimages = model.get_image_features(pixel_values)\n"
             "texts = model.get_text_features(encoder.encode(captions))\n```\n"
         )
+
+
+def _unit(features: Tensor) -> Tensor:
+    # the loss stays fp32 where autocast rounds the towers
+    return l2_normalize(features, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
 def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
