@@ -98,7 +98,11 @@ def test_small_batches_are_plain_torch(
         results.append([terms.detach(), x.grad, y.grad, scale.grad])
     for plain, ours in zip(*results, strict=True):
         assert plain is not None and ours is not None
-        assert torch.allclose(plain, ours, rtol=1e-5 if dtype != torch.bfloat16 else 1e-2, atol=1e-5)
+        if dtype == torch.bfloat16:
+            # parts of a gradient are rounded before they are added, and where they cancel the rounding shows
+            assert (plain - ours).norm() <= 1e-2 * plain.norm()
+        else:
+            assert torch.allclose(plain, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_bias_gets_a_zero_gradient() -> None:
