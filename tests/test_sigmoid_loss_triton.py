@@ -132,7 +132,20 @@ def test_the_copy_engine_brings_the_operands(target: str, gradients: bool, tmp_p
 
 
 def test_offsets_are_64_bit() -> None:
-    """A row offset i·D or i·N passes 2^31 long before memory is full."""
-    code = compiled_for("sm_80", grouped=False, gradients=True).asm["ttir"]
+    """A tile's first element, i·N + j, passes 2^31 long before memory is full; offsets within a tile do not."""
+    code = compiled_for("sm_80", grouped=True, gradients=True).asm["ttir"]
+    bases = [line for line in code.splitlines() if "tt.addptr" in line and "tensor<" not in line]
     products = [line for line in code.splitlines() if "arith.muli" in line and "tensor<" in line]
-    assert products and all("i64" in line for line in products), products
+    assert bases and all("i64" in line for line in bases), bases
+    # the only 32-bit product is that of a row within the tile with N, below 256·N
+    assert len([line for line in products if "i64" not in line]) == 1, products
+
+
+def test_more_columns_than_32_bits_reach_are_refused() -> None:
+    import torch
+
+    x, none = torch.ones(1, 1), torch.empty(0, dtype=torch.int64)
+    y = x.expand(kernel._MOST_COLUMNS + 1, 1)
+    one = torch.ones(())
+    with pytest.raises(ValueError, match=f"at most {kernel._MOST_COLUMNS} rows of y on a GPU"):
+        kernel.compute(x, y, one, one, none, none, 0, None, True, True, True, True)

@@ -19,10 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stripes import gradient_unit, matmul
-from ..triton_tiles import config_for, group_codes, operands, precision, product_tile
+from ..triton_tiles import group_codes, operands, precision, product_tile
+from ..tuning import Config, config_for, tuned
 from .chunked import gradient_lift
 
 _STRIPE_BYTES = 256 * 2**20
+# offsets within a tile of up to 256 rows are 32-bit
+_MOST_COLUMNS = 2**31 // 256 - 256
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def log1p_of_unit(e):
     return p * e
 
 
-@triton.jit(do_not_specialize=["M", "first_tile", "start", "stop", "diagonal"])
+@triton.jit(do_not_specialize=["M", "start", "stop", "diagonal"])
 def sigmoid_loss_kernel_stripe(
     x_ptr,  # (M, D), or its descriptor
     y_ptr,  # (N, D), or its descriptor
@@ -52,9 +55,8 @@ def sigmoid_loss_kernel_stripe(
     y_code_ptr,  # (N,) i32
     stripe_ptr,  # (stop - start, N), dtype of x: LIFT · G
     loss_ptr,  # (tiles along n, stop - start) f32: sums over a tile's columns
-    dscale_ptr,  # (all tiles of all stripes,) f32: partial sums of G·dot
-    dbias_ptr,  # (all tiles of all stripes,) f32: partial sums of G
-    first_tile,
+    dscale_ptr,  # (tiles of the stripe,) f32: partial sums of G·dot
+    dbias_ptr,  # (tiles of the stripe,) f32: partial sums of G
     start,
     stop,
     diagonal,
@@ -75,38 +77,36 @@ def sigmoid_loss_kernel_stripe(
 ):
     i_n = tl.program_id(0).to(tl.int64)
     i_m = tl.program_id(1).to(tl.int64)
-    local_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_m = start + local_m
-    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m = offs_m < stop
-    in_n = offs_n < N
+    # 64 bits only for where the tile begins: 64-bit numbers for each of its elements would fill the registers
+    start_m, start_n = start + i_m * BLOCK_M, i_n * BLOCK_N
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    in_m = rows < (stop - start_m).to(tl.int32)
+    in_n = cols < (N - start_n).to(tl.int32)
     inside = in_m[:, None] & in_n[None, :]
-    dots = product_tile(
-        x_ptr, y_ptr, start + i_m * BLOCK_M, i_n * BLOCK_N, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    dots = product_tile(x_ptr, y_ptr, start_m, start_n, M, N, D, TMA, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     t = dots * tl.load(scale_ptr) + tl.load(bias_ptr)
     if GROUPS:
-        mine = tl.load(x_code_ptr + offs_m, mask=in_m, other=-1)
-        others = tl.load(y_code_ptr + offs_n, mask=in_n, other=-2)
+        mine = tl.load(x_code_ptr + start_m + rows, mask=in_m, other=-1)
+        others = tl.load(y_code_ptr + start_n + cols, mask=in_n, other=-2)
     else:
-        # columns fit 32 bits, and two-dimensional 64-bit numbers would not fit the registers
-        mine = (offs_m + diagonal).to(tl.int32)
-        others = offs_n.to(tl.int32)
+        # a row's own column within this tile
+        mine = rows + (start_m + diagonal - start_n).to(tl.int32)
+        others = cols
     positive = mine[:, None] == others[None, :]
     # every pair is a negative of logit z: softplus(z), derivative sigmoid(z); z = -t for a positive one, so that
     # neither is the difference of two larger numbers
     z = tl.where(positive, -t, t)
     e = tl.exp(tl.where(z < 0.0, z, -z))
     loss = tl.where(z < 0.0, 0.0, z) + log1p_of_unit(e)
-    p_loss = loss_ptr + i_n * (stop - start) + local_m
+    p_loss = loss_ptr + i_n * (stop - start) + i_m * BLOCK_M + rows
     tl.store(p_loss, tl.sum(tl.where(inside, loss, 0.0), axis=1), mask=in_m)
     if STRIPE or SCALE or BIAS:
         reciprocal = 1.0 / (1.0 + e)
         g = tl.where(z < 0.0, e * reciprocal, reciprocal)
         g = tl.where(positive, -g, g)
         if WEIGHTS:
-            g = g * tl.load(weight_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        tile = first_tile + i_m * tl.num_programs(0) + i_n
+            g = g * tl.load(weight_ptr + start_m + rows, mask=in_m, other=0.0)[:, None]
+        tile = i_m * tl.num_programs(0) + i_n
         if SCALE:
             total = tl.sum(tl.sum(tl.where(inside, g * dots, 0.0), axis=1), axis=0)
             tl.store(dscale_ptr + tile, total)
@@ -114,7 +114,7 @@ def sigmoid_loss_kernel_stripe(
             total = tl.sum(tl.sum(tl.where(inside, g, 0.0), axis=1), axis=0)
             tl.store(dbias_ptr + tile, total)
         if STRIPE:
-            p_stripe = stripe_ptr + local_m[:, None] * N + offs_n[None, :]
+            p_stripe = stripe_ptr + i_m * BLOCK_M * N + start_n + (rows[:, None] * N + cols[None, :])
             tl.store(p_stripe, (g * LIFT).to(stripe_ptr.dtype.element_ty), mask=inside)
 
 
@@ -134,52 +134,51 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in `chunked.compute`; x and y contiguous, of one dtype of fp32, bf16, fp16."""
     m, n, d = x.shape[0], y.shape[0], x.shape[1]
-    config = config_for(x)
+    if n > _MOST_COLUMNS:
+        raise ValueError(f"sigmoid_loss: at most {_MOST_COLUMNS} rows of y on a GPU, got {n}; split y")
     grouped, codes = x_groups.numel() > 0, group_codes(x_groups, y_groups)
     stripes = need_x or need_y
     unit = torch.ones_like(scale) if weight is None else gradient_unit(weight)
     lift = gradient_lift(x.dtype)
-    nothing = x.new_empty(0, dtype=torch.float32)
+    weights = x.new_empty(0, dtype=torch.float32) if weight is None else weight / unit
     # whole tiles, so that only the last stripe is ragged
-    step = max(1, _STRIPE_BYTES // (x.element_size() * n) // config.block_m) * config.block_m
-    step = min(step, m)
-    tiles_n = triton.cdiv(n, config.block_n)
-    # a ragged stripe rounds its tiles up
-    tiles = sum(triton.cdiv(min(step, m - start), config.block_m) for start in range(0, m, step)) * tiles_n
+    block_m = config_for(x).block_m
+    step = min(m, max(1, _STRIPE_BYTES // (x.element_size() * n) // block_m) * block_m)
     stripe_buffer = x.new_empty(step if stripes else 0, n)
+
+    def write_stripe(config: Config, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        *operand, tma = operands(x, y, config)
+        grid = (triton.cdiv(n, config.block_n), triton.cdiv(stop - start, config.block_m))
+        slab = x.new_empty(grid[0], stop - start, dtype=torch.float32)
+        dscale, dbias = (
+            x.new_empty(grid[0] * grid[1] if need else 0, dtype=torch.float32)
+            for need in (need_scale, need_bias)
+        )
+        sigmoid_loss_kernel_stripe[grid](
+            *operand, scale, bias, weights, *codes, stripe_buffer, slab, dscale, dbias,
+            start, stop, diagonal, m, n, d,
+            TMA=tma, GROUPS=grouped, WEIGHTS=weight is not None, STRIPE=stripes, SCALE=need_scale, BIAS=need_bias,
+            LIFT=lift, PRECISION=precision(x),
+            **config.options(),
+        )  # fmt: skip
+        return slab.sum(0), dscale.sum(), dbias.sum()
+
+    config = tuned("sigmoid_loss_stripe", x, lambda config: write_stripe(config, 0, step))
     loss = x.new_empty(m, dtype=torch.float32)
     dx = x.new_empty(m if need_x else 0, d, dtype=torch.float32)
     dy = x.new_empty(n if need_y else 0, d, dtype=torch.float32)
-    dscale = x.new_empty(tiles if need_scale else 0, dtype=torch.float32)
-    dbias = x.new_empty(tiles if need_bias else 0, dtype=torch.float32)
-    *operand, tma = operands(x, y, config)
-    first_tile = 0
+    dscale, dbias = (x.new_zeros(1 if need else 0, dtype=torch.float32) for need in (need_scale, need_bias))
     for start in range(0, m, step):
         stop = min(start + step, m)
-        grid = (tiles_n, triton.cdiv(stop - start, config.block_m))
-        slab = x.new_empty(tiles_n, stop - start, dtype=torch.float32)
-        sigmoid_loss_kernel_stripe[grid](
-            *operand, scale, bias,
-            nothing if weight is None else weight / unit, *codes,
-            stripe_buffer, slab, dscale, dbias, first_tile, start, stop, diagonal, m, n, d,
-            TMA=tma, GROUPS=grouped, WEIGHTS=weight is not None, STRIPE=stripes, SCALE=need_scale, BIAS=need_bias,
-            LIFT=lift, PRECISION=precision(x),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        loss[start:stop] = slab.sum(0)
+        loss[start:stop], scale_part, bias_part = write_stripe(config, start, stop)
+        # nothing is added where they are empty
+        dscale += scale_part
+        dbias += bias_part
         stripe = stripe_buffer[: stop - start]
         if need_x:
             dx[start:stop] = matmul(stripe, y)
         if need_y:
             product = matmul(stripe.T, x[start:stop])
             dy = product if start == 0 else dy.add_(product)
-        first_tile += grid[0] * grid[1]
     factor = scale * unit / lift
-    return (
-        loss,
-        dx.mul_(factor),
-        dy.mul_(factor),
-        dscale.sum(0, keepdim=True)[: dscale.numel()] * unit,
-        dbias.sum(0, keepdim=True)[: dbias.numel()] * unit,
-    )
+    return loss, dx.mul_(factor), dy.mul_(factor), dscale * unit, dbias * unit
