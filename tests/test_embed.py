@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip.data.store import EmbeddingStore, caption_digest, verify_store
+from llm2clip.data.store import EmbeddingStore, StoreWriter, caption_digest, verify_store
 from llm2clip.embed import collect_captions, embed
 from llm2clip.errors import ConfigError, DataError, StoreError
 from llm2clip.progress import Progress
@@ -164,6 +165,52 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
     captions = CaptionSettings(short=("name",), long=("story",))
     with pytest.raises(DataError, match="name, story"):
         embed(replace(settings, data=replace(settings.data, captions=captions)), HashEncoder())
+
+
+def test_a_write_that_fails_ends_the_job_and_keeps_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(tmp_path)
+    original, calls = StoreWriter.add, iter(range(10**6))
+
+    def add(self: StoreWriter, texts: Sequence[str], embeddings: torch.Tensor) -> None:
+        if next(calls) == 2:
+            raise OSError("no room")
+        original(self, texts, embeddings)
+
+    monkeypatch.setattr(StoreWriter, "add", add)
+    with pytest.raises(OSError, match="no room"):
+        embed(settings, HashEncoder())
+    # two of eight windows over 57 captions
+    assert len(EmbeddingStore.open(settings.out)) == 8 + 7
+    monkeypatch.undo()
+    assert torch.equal(embed(settings, HashEncoder()).get(EXPECTED), HashEncoder().encode(EXPECTED))
+
+
+class SlowEncoder(HashEncoder):
+    """Notes in which order windows are tokenised and computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.ahead = threading.Event()
+
+    def tokenize(self, texts: Sequence[str]) -> Sequence[str]:
+        self.events.append("tokenize")
+        if self.events.count("tokenize") == 2:
+            self.ahead.set()
+        return super().tokenize(texts)
+
+    def encode_tokens(self, tokens: Sequence[str], **options: Any) -> torch.Tensor:
+        # the first window does not end before the second one is tokenised
+        assert self.ahead.wait(timeout=60)
+        return super().encode_tokens(tokens, **options)
+
+
+def test_the_next_window_is_tokenised_while_one_is_computed(tmp_path: Path) -> None:
+    encoder = SlowEncoder()
+    store = embed(make_settings(tmp_path), encoder)
+    assert torch.equal(store.get(EXPECTED), HashEncoder().encode(EXPECTED))
 
 
 RANKED = """

@@ -168,6 +168,14 @@ def test_a_caption_over_the_budget_is_embedded_whole() -> None:
     torch.testing.assert_close(encoder.encode(["a", text], token_budget=16)[1:], want, atol=1e-5, rtol=1e-5)
 
 
+def test_positions_restart_with_every_caption() -> None:
+    # rotary embeddings alone would hide an offset: they see differences of positions
+    batch = flatten([Tokens([5, 6, 7], 1, False), Tokens([], 0, False), Tokens([8, 9], 0, False)])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9] and batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 3, 5] and batch.pool_starts.tolist() == [1, 3, 3]
+    assert (batch.max_seqlen, batch.empty, len(batch)) == (3, True, 3)
+
+
 def test_padded_batches_are_unpadded() -> None:
     encoder = make(prompt="say ")
     tokens = encoder.tokenize(CAPTIONS)
