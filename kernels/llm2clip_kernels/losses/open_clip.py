@@ -94,7 +94,9 @@ class ClipLoss(nn.Module):
         loss = loss + zero_of(logit_bias, loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _over_ranks(self, image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+    def _over_ranks(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor | float, label_smoothing: float = 0.0
+    ) -> Tensor:
         if not dist.is_initialized():
             raise ValueError(
                 f"ClipLoss: world_size={self.world_size}, but torch.distributed is not initialised; launch "
@@ -102,21 +104,23 @@ class ClipLoss(nn.Module):
             )
         if self.local_loss and not self.gather_with_grad:
             return 0.5 * (
-                self._against_constants(image, text, logit_scale)
-                + self._against_constants(text, image, logit_scale)
+                self._against_constants(image, text, logit_scale, label_smoothing)
+                + self._against_constants(text, image, logit_scale, label_smoothing)
             )
         scale = scale_tensor(logit_scale, image, "ClipLoss")
         if not self.gather_with_grad:
             # open_clip's default: each rank has the whole gradient of the scale, its part of the features'
             scale = distributed.scale_gradient(scale, float(self.world_size))
-        terms, total = symmetric_terms(image, text, scale, distributed_=True)
+        terms, total = symmetric_terms(image, text, scale, label_smoothing=label_smoothing, distributed_=True)
         if self.local_loss:
             return terms.mean()
         if self.gather_with_grad:
             terms = distributed.scale_gradient(terms, float(self.world_size))
         return distributed.report_sum(terms.sum(), None) / total
 
-    def _against_constants(self, rows: Tensor, others: Tensor, logit_scale: Tensor | float) -> Tensor:
+    def _against_constants(
+        self, rows: Tensor, others: Tensor, logit_scale: Tensor | float, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Mean cross-entropy of this rank's rows against everybody's others, which get no gradient."""
         counts = distributed.row_counts(rows.shape[0], None, rows.device)
         candidates = distributed.gather_rows(others.detach(), counts, None)
@@ -125,4 +129,10 @@ class ClipLoss(nn.Module):
             rows, candidates, logit_scale, directions="rows", diagonal=first
         )
         assert pos is not None
-        return ((row - pos) + (low[: rows.shape[0]] - low[rows.shape[0] :])).mean()
+        terms = (row - pos) + (low[: rows.shape[0]] - low[rows.shape[0] :])
+        if label_smoothing > 0.0:
+            mean = scale_tensor(logit_scale, rows, "ClipLoss") * (
+                rows.to(row.dtype) @ candidates.to(row.dtype).mean(0)
+            )
+            terms = terms + label_smoothing * (pos - mean)
+        return terms.mean()
