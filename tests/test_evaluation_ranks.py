@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llm2clip.errors import ModelError
 from llm2clip.evaluation.ranks import KS, group_ids, rank_positives, summarise
+from llm2clip_kernels.similarity_rank import op as rank_op
 
 
 def unit_circle(steps: list[int]) -> torch.Tensor:
@@ -96,12 +97,12 @@ def test_perfect_and_inverted_embeddings() -> None:
     assert worst["recall"]["10"] == 0.0 and worst["mrr"] == pytest.approx(1 / 40)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 8, generator=generator), torch.randn(31, 8, generator=generator)
     groups_x, groups_y = np.arange(50) % 10, np.arange(31) % 10
     whole = rank_positives(x, y, groups_x, groups_y)
-    monkeypatch.setattr("llm2clip.evaluation.ranks._CHUNK_ELEMENTS", 31 * 7)
+    monkeypatch.setattr(rank_op, "_CPU_TILE", 7)
     parts = rank_positives(x, y, groups_x, groups_y)
     assert (whole.above == parts.above).all() and (whole.right == parts.right).all()
     similarity = torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=2).double().numpy()
@@ -130,6 +131,13 @@ def test_nan_is_an_error_and_not_a_victory() -> None:
     for pair in ((good, bad), (bad, good)):
         with pytest.raises(ModelError, match="NaN"):
             rank_positives(*pair, np.arange(3), np.arange(3))
+
+
+def test_groups_may_be_any_numbers() -> None:
+    x, y = torch.randn(12, 5), torch.randn(9, 5)
+    plain = rank_positives(x, y, np.arange(12) % 3, np.arange(9) % 3)
+    shifted = rank_positives(x, y, np.arange(12) % 3 - 2, np.arange(9) % 3 - 2)
+    assert (plain.above == shifted.above).all() and (plain.right == shifted.right).all()
 
 
 def test_a_query_without_right_answer_is_an_error() -> None:

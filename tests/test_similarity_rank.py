@@ -297,7 +297,7 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, Y, IDS.float()), {}, TypeError, "int64"),
     ((X, Y, IDS + 5), {}, ValueError, "no column"),
     ((X, Y, IDS.to("meta")), {}, ValueError, "must be on"),
-    ((X, Y), {"x_groups": IDS}, ValueError, "go together"),
+    ((X, Y), {"x_groups": IDS}, ValueError, "only one of the two"),
     ((X, X, IDS), {"x_groups": IDS, "y_groups": IDS}, ValueError, "not both"),
     ((X, Y), {"ties": "half"}, ValueError, "ties"),
     ((X, Y), {"tolerance": -1.0}, ValueError, "tolerance"),

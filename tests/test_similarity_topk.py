@@ -178,9 +178,9 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, Y, 0), {}, ValueError, "from 1 to 64"),
     ((X, Y, 65), {}, ValueError, "from 1 to 64"),
     ((X, Y, 2.0), {}, ValueError, "from 1 to 64"),
-    ((X, Y, 2), {"x_groups": IDS}, ValueError, "go together"),
-    ((X, Y, 2), {"x_groups": IDS, "y_groups": IDS}, ValueError, "shape"),
-    ((X, X, 2), {"x_groups": IDS, "y_groups": IDS.float()}, TypeError, "int64"),
+    ((X, Y, 2), {"x_groups": IDS}, ValueError, "only one of the two"),
+    ((X, Y, 2), {"x_groups": IDS, "y_groups": IDS}, ValueError, "one id for each"),
+    ((X, X, 2), {"x_groups": IDS, "y_groups": IDS.float()}, TypeError, "integer"),
 ]
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from llm2clip.errors import ModelError
+from llm2clip_kernels import similarity_rank_counts
 
 KS = (1, 5, 10)
-# unit-norm fp32 products of equal vectors differ by some 1e-7, depending on where a GEMM tile ends
+# features of equal inputs differ by their own rounding, depending on the batch they were computed in
 TIE_TOLERANCE = 1e-6
-_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def rank_positives(
     *,
     tolerance: float = TIE_TOLERANCE,
 ) -> Ranks:
-    """Rank the best right answer of every query by cosine similarity, in chunks of queries.
+    """Rank the best right answer of every query by cosine similarity.
+
+    The counts are `similarity_rank_counts`'s: exact, and no similarity matrix is stored.
 
     Args:
         queries: (Q, D) embeddings; any norm.
@@ -150,22 +152,31 @@ def rank_positives(
             )
     q = torch.nn.functional.normalize(queries.float(), dim=1)
     g = torch.nn.functional.normalize(gallery.float(), dim=1)
-    q_groups = torch.from_numpy(np.asarray(query_groups, np.int64)).to(q.device)
-    g_groups = torch.from_numpy(np.asarray(gallery_groups, np.int64)).to(q.device)
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, len(g)))
-    columns: list[Tensor] = []
-    for start in range(0, len(q), chunk):
-        similarity = q[start : start + chunk] @ g.T
-        right = q_groups[start : start + chunk, None] == g_groups[None]
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        tied = (similarity - best).abs() <= tolerance
-        above = (similarity > best) & ~tied & ~right
-        counts = (above.sum(1), (tied & ~right).sum(1), (tied & right).sum(1), right.sum(1))
-        columns.append(torch.stack(counts))
-    merged = torch.cat(columns, dim=1).cpu().numpy() if columns else np.zeros((4, 0), np.int64)
-    if (merged[3] == 0).any():
-        raise ValueError(f"{int((merged[3] == 0).sum())} queries have no right answer in the gallery")
-    return Ranks(merged[0], merged[1], merged[2], merged[3], len(g))
+    q_groups, g_groups = (_ids(groups, q.device) for groups in _numbered(query_groups, gallery_groups))
+    if not len(q):
+        none = np.zeros(0, np.int64)
+        return Ranks(none, none, none, none, len(g))
+    counts, _ = similarity_rank_counts(
+        q, g, x_groups=q_groups, y_groups=g_groups, tolerance=tolerance, directions="rows"
+    )
+    columns = (counts.above, counts.tied, counts.tied_right, counts.right)
+    above, tied_wrong, tied_right, right = (column.cpu().numpy() for column in columns)
+    if (right == 0).any():
+        raise ValueError(f"{int((right == 0).sum())} queries have no right answer in the gallery")
+    return Ranks(above, tied_wrong, tied_right, right, len(g))
+
+
+def _numbered(
+    queries: npt.NDArray[np.int64], gallery: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The groups numbered from 0: below 0 they would mean that an item has none."""
+    both = np.concatenate([np.asarray(queries, np.int64), np.asarray(gallery, np.int64)])
+    _, numbers = np.unique(both, return_inverse=True)
+    return numbers[: len(queries)], numbers[len(queries) :]
+
+
+def _ids(groups: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(groups, np.int64)).to(device)
 
 
 def summarise(

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backend, distributed
-from ..checks import check_pair
+from ..checks import check_groups, check_pair
 from ..distributed import Group
 from . import chunked
 from .pairs import pair_scores, positive_pairs
@@ -158,30 +158,25 @@ class RankCounts:
         return torch.where(self.above == 0, hit, torch.zeros_like(hit))
 
 
-def _ids(value: Tensor, rows: int, like: Tensor, label: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"similarity_rank: {label} must be an int64 tensor, got {kind}")
-    if value.shape != (rows,):
-        raise ValueError(f"similarity_rank: {label} must have shape ({rows},), got {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"similarity_rank: {label} must be on {like.device}, got {value.device}")
-    return value.long()
-
-
-def _groups(
+def _right_answers(
     x: Tensor, y: Tensor, target: Tensor | None, x_groups: Tensor | None, y_groups: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Ids checked and on their device; (targets, None) or (groups, groups), or neither for the diagonal."""
-    if (x_groups is None) != (y_groups is None):
-        raise ValueError("similarity_rank: x_groups and y_groups go together; one of them is missing")
-    if target is not None and x_groups is not None:
+) -> tuple[Tensor | None, Tensor]:
+    """Ids of the rows and of the columns, checked: (targets, empty), (groups, groups), or (None, empty)."""
+    of_x, of_y = check_groups(x_groups, y_groups, x, y, "similarity_rank")
+    if target is None:
+        return (of_x if of_x.numel() else None), of_y
+    if of_x.numel():
         raise ValueError("similarity_rank: give target or groups, not both")
-    if target is not None:
-        return _ids(target, x.shape[0], x, "target"), None
-    if x_groups is None or y_groups is None:
-        return None, None
-    return _ids(x_groups, x.shape[0], x, "x_groups"), _ids(y_groups, y.shape[0], y, "y_groups")
+    if not isinstance(target, Tensor) or target.dtype not in (torch.int64, torch.int32):
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"similarity_rank: target must be an int64 tensor, got {kind}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(
+            f"similarity_rank: target must have shape ({x.shape[0]},), got {tuple(target.shape)}"
+        )
+    if target.device != x.device:
+        raise ValueError(f"similarity_rank: target must be on {x.device}, got {target.device}")
+    return target.long().contiguous(), of_y
 
 
 def _finish(counts: Tensor, best: Tensor, right: Tensor, candidates: int) -> RankCounts:
@@ -216,7 +211,7 @@ def similarity_rank_counts(
     if not 0.0 <= tolerance < float("inf"):
         raise ValueError(f"similarity_rank: tolerance must be a number >= 0, got {tolerance}")
     over_ranks = group is not None if gather is None else gather
-    of_x, of_y = _groups(x, y, target, x_groups, y_groups)
+    of_x, of_y = _right_answers(x, y, target, x_groups, y_groups)
     x, y = x.detach(), y.detach()
     if of_x is None and (x.shape[0] > y.shape[0] or (over_ranks and x.shape[0] != y.shape[0])):
         raise ValueError(
@@ -228,11 +223,9 @@ def similarity_rank_counts(
         counts = distributed.row_counts(own, group, y.device)
         first = sum(counts[: dist.get_rank(group)])
         y = distributed.gather_rows(y, counts, group)
-        of_y = of_y if of_y is None else distributed.gather_rows(of_y, counts, group)
+        of_y = distributed.gather_rows(of_y, counts, group) if of_y.numel() else of_y
     if of_x is None:
         of_x = torch.arange(first, first + x.shape[0], device=x.device)
-    if of_y is None:
-        of_y = of_x.new_empty(0)
     row_best, row_right, col_best, col_right = _best(x, y, of_x, of_y)
     columns = directions == "both"
     rows_total = x.shape[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..checks import check_pair
+from ..checks import check_groups, check_pair
 from . import chunked
 
 MAX_K = 64
@@ -58,18 +58,6 @@ def _check_k(k: int) -> None:
         raise ValueError(f"similarity_topk: k must be a whole number from 1 to {MAX_K}, got {k!r}")
 
 
-def _check_ids(groups: Tensor, rows: int, like: Tensor, label: str) -> Tensor:
-    if not isinstance(groups, Tensor) or groups.dtype not in (torch.int64, torch.int32):
-        kind = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
-        raise TypeError(f"similarity_topk: {label} must be an int64 tensor, got {kind}")
-    if groups.shape != (rows,) or groups.device != like.device:
-        raise ValueError(
-            f"similarity_topk: {label} must have shape ({rows},) on {like.device}, got {tuple(groups.shape)} "
-            f"on {groups.device}"
-        )
-    return groups.long()
-
-
 class SimilarityTopK:
     """The k best of a gallery that comes in chunks; the order of chunks does not matter but for the indices.
 
@@ -89,7 +77,7 @@ class SimilarityTopK:
         _check_k(k)
         check_pair(x, x, "similarity_topk")
         self._x = x.detach().contiguous()
-        self._groups = None if groups is None else _check_ids(groups, x.shape[0], x, "groups")
+        self._groups = groups
         self._scores = torch.full((x.shape[0], k), -torch.inf, dtype=torch.float64, device=x.device)
         self._indices = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
         self.rows = 0
@@ -105,11 +93,7 @@ class SimilarityTopK:
             TypeError, ValueError: a chunk that does not fit.
         """
         check_pair(self._x, y, "similarity_topk")
-        if (groups is None) != (self._groups is None):
-            raise ValueError("similarity_topk: groups of queries and of the gallery go together")
-        none = self._indices.new_empty(0)
-        own = none if self._groups is None else self._groups
-        other = none if groups is None else _check_ids(groups, y.shape[0], y, "groups")
+        own, other = check_groups(self._groups, groups, self._x, y, "similarity_topk")
         self._scores, self._indices = _update(
             self._x, y.detach(), self._scores, self._indices, self.rows, own, other
         )
@@ -151,8 +135,6 @@ def similarity_topk(
         >>> scores, indices = similarity_topk(text_features, image_features, 10)
     """
     check_pair(x, y, "similarity_topk")
-    if (x_groups is None) != (y_groups is None):
-        raise ValueError("similarity_topk: x_groups and y_groups go together; one of them is missing")
     best = SimilarityTopK(x, k, groups=x_groups)
     best.update(y, y_groups)
     return best.result()
