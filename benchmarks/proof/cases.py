@@ -162,6 +162,9 @@ def _adapter_block(device: str, dtype: torch.dtype) -> Compute:
     )
 
 
+# these ask the device for a number in between, which a graph cannot hold
+NOT_CAPTURED = frozenset({"similarity_topk"})
+
 # name -> (names of the package that it needs, what makes it)
 CASES: dict[str, tuple[tuple[str, ...], Make]] = {
     "similarity_lse": (("similarity_lse",), _similarity_lse),

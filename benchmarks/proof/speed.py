@@ -20,7 +20,8 @@ from benchmarks.proof.sections import Context
 _NOT_SIBLINGS = {"bench_similarity", "bench_host", "bench_embed", "bench_llm_step"}
 # what they measure on a GPU where that is not their default
 _GPU_ARGUMENTS = {
-    "bench_sigmoid": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]
+    "bench_rank": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"],
+    "bench_sigmoid": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"],
 }
 
 # what the loss must reach on an H200, bf16, forward and backward: (N, D) -> milliseconds
