@@ -30,7 +30,8 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(params=["few rows", "many rows"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test through both ways of the op."""
+    """Every test through both ways of the op, whatever the size."""
+    monkeypatch.setattr(integration, "_FEW", 0)
     if request.param == "many rows":
         monkeypatch.setattr(op, "_SMALL", 0)
 
@@ -264,6 +265,23 @@ def test_other_layers_and_variants_are_left_alone(calls: list[str], caplog: pyte
         twin.set_adapter(name)
         assert_same(results(dora, IDS), results(twin, IDS))
         assert len(calls) == fused
+
+
+def test_few_rows_are_left_to_peft(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """45 rows of 12 + 18 numbers: below the bound, and above an eighth of it with dropout."""
+    monkeypatch.setattr(integration, "_FEW", 2400)
+    model = block(("up",), lora_dropout=0.1)
+    want = results(model.eval(), IDS)
+    fuse_lora(model)
+    assert_same(results(model, IDS), want, 0.0)
+    assert not calls, "no dropout in evaluation"
+    model.train()(IDS)
+    assert calls == ["lora_linear"]
+    model(IDS[:1])
+    assert len(calls) == 1
+    monkeypatch.setattr(integration, "_FEW", 1000)
+    assert_same(results(model.eval(), IDS), want)
+    assert len(calls) == 2
 
 
 def test_says_a_reason_once(caplog: pytest.LogCaptureFixture) -> None:

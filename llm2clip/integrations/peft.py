@@ -21,6 +21,8 @@ from llm2clip_kernels import lora_add, lora_linear
 
 log = logging.getLogger(__name__)
 
+# numbers in the input and output of a layer below which peft's forward is as fast: there calls are what costs
+_FEW = 2**19
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -89,7 +91,21 @@ class _Fused:
             return "", "casting the input to the adapter's dtype is disabled"
         return name, ""
 
+    def _is_small(self: Any, x: Tensor) -> bool:
+        numbers = x.numel() + x.numel() // self.in_features * self.out_features
+        if numbers >= _FEW or torch.compiler.is_compiling():
+            return False
+        if numbers < _FEW // 8 or not self.training:
+            return True
+        # a stored mask and a dropped copy cost more than calls do, much earlier
+        return all(
+            type(dropout) is not nn.Dropout for dropout in self._modules["lora_dropout"]._modules.values()
+        )
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._is_small(x):
+            small: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return small
         name, reason = self._adapter(x, bool(args or kwargs))
         if reason:
             if not torch.compiler.is_compiling():
@@ -178,7 +194,8 @@ def fuse_lora(model: nn.Module) -> FusedLora:
 
     Parameters, their names and the files that peft writes stay as they are; adapters may be loaded, switched,
     merged and deleted afterwards. A layer is fused for calls with one active, unmerged, plain LoRA adapter;
-    any other call runs peft's own forward, and the reason is logged once. A deep copy or a pickle of the model
+    any other call runs peft's own forward, and the reason is logged once; so does one with few rows, where peft is
+    as fast. A deep copy or a pickle of the model
     is fused like the model; `undo` concerns the model itself.
 
     The results differ from peft's by rounding alone, except that dropout draws its mask from one seed per call
