@@ -227,10 +227,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--t", type=int, nargs="+", default=[64, 1024], help="rows (tokens)")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="KxN of the layers")
+    parser.add_argument("--t", type=int, nargs="+", help="rows (tokens); default 64 1024, on a GPU 1024 8192")
+    parser.add_argument("--shapes", nargs="+", help="KxN of the layers; on a GPU also 4096x4096")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 16, 64], help="ranks")
-    parser.add_argument("--inputs", nargs="+", default=["float32", "autocast"], choices=KINDS)
+    parser.add_argument("--inputs", nargs="+", choices=KINDS, help="on a GPU bfloat16 and adapters")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", default=harness.default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS.providers))
@@ -243,7 +243,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--tag", default="", help="appended to the name of the result files")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
+    options.t = options.t or ([1024, 8192] if gpu else [64, 1024])
+    options.shapes = options.shapes or [*SHAPES, *(["4096x4096"] if gpu else [])]
+    options.inputs = options.inputs or (["bfloat16", "adapters"] if gpu else ["float32", "autocast"])
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
