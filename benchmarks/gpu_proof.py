@@ -27,20 +27,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.proof import layout
 from benchmarks.proof.sections import SECTIONS, Context, Outcome, Section, choose
 
-ROOT = Path(__file__).resolve().parents[1]
-# the library of the section `build`; the sections after it run with it
-BUILT = ROOT / "build" / "gpu_proof" / "kernels"
 # not worth starting with less, in seconds
 _LEAST = 5.0
-
-
-def python_path(section: str) -> str:
-    """Returns PYTHONPATH of a section's process: the library just built, except where the shipped one is proven."""
-    built = BUILT / "llm2clip_kernels" / "_C.so"
-    first = [BUILT] if built.exists() and section not in ("library", "build") else []
-    return os.pathsep.join(str(path) for path in [*first, ROOT / "kernels", ROOT])
 
 
 def run_in_process(section: Section, context: Context) -> Outcome:
@@ -55,8 +46,8 @@ def run_in_process(section: Section, context: Context) -> Outcome:
     with open(log, "w") as file:
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": python_path(section.name), "PYTHONUNBUFFERED": "1"},
+            cwd=layout.ROOT,
+            env=os.environ | {"PYTHONPATH": layout.python_path(section.name), "PYTHONUNBUFFERED": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -155,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("no CUDA GPU: torch.cuda.is_available() is false (--device cpu makes a dry run)")
     out = options.out.resolve() / record.machine_name()
     (out / "proof" / "logs").mkdir(parents=True, exist_ok=True)
+    layout.refresh()
     outcomes = prove(chosen, options.device, out, options.minutes)
     summary = write_summary(outcomes, out)
     from benchmarks import plot

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_proof
-from benchmarks.proof import build, cases, checks, sections, speed, tools
+from benchmarks.proof import build, cases, checks, layout, sections, speed, tools
 from benchmarks.proof.sections import Context, Outcome, Section, Skip
 
 
@@ -113,15 +113,31 @@ def test_a_process_that_hangs_or_dies_is_a_failure(context: Context) -> None:
     assert dead.status == "failed" and dead.reason.startswith("died with exit status 2")
 
 
-def test_sections_after_the_build_use_the_built_library(
+def test_sections_use_the_built_library_while_its_sources_are_those_at_hand(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_proof, "BUILT", tmp_path)
-    assert str(tmp_path) not in gpu_proof.python_path("graph")
-    (tmp_path / "llm2clip_kernels").mkdir()
-    (tmp_path / "llm2clip_kernels" / "_C.so").touch()
-    assert gpu_proof.python_path("graph").startswith(str(tmp_path))
-    assert str(tmp_path) not in gpu_proof.python_path("library")
+    root, built = tmp_path / "root", tmp_path / "root" / "build"
+    monkeypatch.setattr(layout, "ROOT", root)
+    monkeypatch.setattr(layout, "BUILT", built)
+    (root / "csrc").mkdir(parents=True)
+    (root / "CMakeLists.txt").write_text("project")
+    (root / "csrc" / "op.cpp").write_text("one")
+    package = root / "kernels" / "llm2clip_kernels"
+    package.mkdir(parents=True)
+    (package / "old.py").write_text("")
+    (package / "_C.so").write_text("shipped")
+    assert not layout.refresh() and str(built) not in layout.python_path("graph")
+    copied = layout.copy_package()
+    assert not (copied / "_C.so").exists()
+    (copied / "_C.so").write_text("built")
+    layout.mark_built()
+    (package / "old.py").rename(package / "new.py")
+    assert layout.refresh() and (copied / "_C.so").read_text() == "built"
+    assert [path.name for path in copied.glob("*.py")] == ["new.py"]
+    assert layout.python_path("graph").startswith(str(built))
+    assert str(built) not in layout.python_path("library")
+    (root / "csrc" / "op.cpp").write_text("two")
+    assert not layout.refresh() and not built.exists() and str(built) not in layout.python_path("graph")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

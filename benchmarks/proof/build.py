@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_proof import BUILT, ROOT
+from benchmarks.proof import layout
+from benchmarks.proof.layout import BUILT, ROOT
 from benchmarks.proof.sections import Context
 
 
@@ -30,13 +31,8 @@ def _run(command: list[str], seconds: float, **more: Any) -> str:
 
 def build(context: Context) -> dict[str, Any]:
     """Builds with CUDA for this GPU, beside a copy of the package, and loads it; the dry run takes what is there."""
-    package = BUILT / "llm2clip_kernels"
     shutil.rmtree(BUILT.parent, ignore_errors=True)
-    shutil.copytree(
-        ROOT / "kernels" / "llm2clip_kernels",
-        package,
-        ignore=shutil.ignore_patterns("*.so", "__pycache__", "build_record.json"),
-    )
+    package = layout.copy_package()
     options = [
         f"-DLLM2CLIP_OUTPUT_DIR={package}",
         f"-DPython_EXECUTABLE={sys.executable}",
@@ -59,4 +55,5 @@ def build(context: Context) -> dict[str, Any]:
     assert info["native"]["loaded"]
     if not context.dry:
         assert info["native"]["cuda_sources"] and info["native"]["architectures"] == [arch], info["native"]
+    layout.mark_built()
     return {"architecture": arch, "native": info["native"]}

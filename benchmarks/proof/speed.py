@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from benchmarks import bench_similarity, harness, record
-from benchmarks.gpu_proof import ROOT
+from benchmarks.proof.layout import ROOT
 from benchmarks.proof.sections import Context
 
 # suites that have a section of their own, or that measure the host alone
 _NOT_SIBLINGS = {"bench_similarity", "bench_host", "bench_embed", "bench_llm_step"}
 # what they measure on a GPU where that is not their default
+_LARGE = ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]
 _GPU_ARGUMENTS = {
-    "bench_rank": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"],
-    "bench_sigmoid": ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"],
+    "bench_distill": _LARGE,
+    "bench_lora": ["--inputs", "bfloat16", "--t", "8192", "--shapes", "4096x4096", "--r", "16"],
+    "bench_rank": _LARGE,
+    "bench_sigmoid": _LARGE,
 }
 
 # what the loss must reach on an H200, bf16, forward and backward: (N, D) -> milliseconds
@@ -171,7 +174,7 @@ def _run_suites(context: Context, suites: dict[str, list[str]]) -> dict[str, Any
         code = (
             "import runpy, sys, pathlib; from benchmarks import record; "
             f"record.RESULTS = pathlib.Path({str(context.out.parent)!r}); sys.argv = {[name, *arguments]!r}; "
-            f"runpy.run_module('benchmarks.{name}', run_name='__main__')"
+            f"runpy.run_module('benchmarks.{name}', run_name='__main__', alter_sys=True)"
         )
         try:
             status = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=left).returncode

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_proof import ROOT
+from benchmarks.proof.layout import ROOT
 from benchmarks.proof.sections import Context, Skip
 
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
