@@ -102,10 +102,11 @@ def _sigmoid(device: str, dtype: torch.dtype) -> Compute:
 
 def _distill(device: str, dtype: torch.dtype) -> Compute:
     pair = [features(M, D, device, dtype, 0), features(N, D, device, dtype, 1)]
-    teachers = [features(M, 40, device, dtype, 2).detach(), features(N, 40, device, dtype, 3).detach()]
+    p, q = features(M, 40, device, dtype, 2).detach(), features(N, 40, device, dtype, 3).detach()
 
     def run(x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        terms = kernels.similarity_distill(x, y, s, *teachers, 30.0)
+        terms = kernels.similarity_distill(x, y, s, p, q, 30.0)
+        assert terms.col_lse is not None and terms.cross_col is not None
         return terms.row_lse, terms.col_lse, terms.cross_row, terms.cross_col
 
     return with_gradients(run, [*pair, scalar(20.0, device)])
