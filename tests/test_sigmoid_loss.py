@@ -203,8 +203,9 @@ def test_small_batches_in_plain_torch(dtype: torch.dtype, monkeypatch: pytest.Mo
     ids = {"x_groups": torch.arange(9) // 2, "y_groups": torch.arange(12) // 3}
     for rows in (False, True):
         for options in ({}, ids):
-            inputs = features(9, 16, dtype), features(12, 16, dtype), 10.0, -5.0
-            assert_as_good_as_torch(*inputs, rows=rows, **options)
+            for scale, bias in ((10.0, -5.0), (1e4, 0.0)):
+                inputs = features(9, 16, dtype), features(12, 16, dtype), scale, bias
+                assert_as_good_as_torch(*inputs, rows=rows, **options)
     assert not called
     sigmoid_terms(features(9, 16, dtype), features(13, 16, dtype), 10.0, -5.0)
     assert called

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from .. import _env, backend
 from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
-from . import chunked
-from .reference import sigmoid_loss_reference
+from . import chunked, plain
 
 # rows and columns of a CPU tile of fp32 dot products, 4 MiB, as in similarity_lse
 _CPU_TILE = 1024
 # read once: torch.compile must not trace into the environment
-_SMALL_PAIRS = _env.small_pairs()
+# four times: plain torch makes one matrix here, so that it stays ahead longer than for similarity_lse
+_SMALL_PAIRS = 4 * _env.small_pairs()
 
 
 def compute(
@@ -287,7 +287,7 @@ def sigmoid_terms(
         Their sum (), whose gradients are made at once: 3 matmuls, 1 where no gradient is needed. With
         `rows`, (M,), whose gradients are made in the backward: 4 matmuls. fp32 (fp64 for fp64).
 
-    Up to LLM2CLIP_SMALL_PAIRS pairs plain torch serves.
+    Up to four times LLM2CLIP_SMALL_PAIRS pairs plain torch serves.
 
     Raises:
         TypeError, ValueError: inputs that do not fit.
@@ -299,10 +299,8 @@ def sigmoid_terms(
     factor = scale_tensor(scale, x, "sigmoid_loss")
     offset = scale_tensor(bias, x, "sigmoid_loss", "bias")
     if x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
-        # launching kernels costs more than the matrix; widened, the products are those the kernels accumulate
-        wide = factor.dtype
         with full_precision(x.device):
-            losses = sigmoid_loss_reference(x.to(wide), y.to(wide), factor, offset, *groups, diagonal)
+            losses = plain.forward(x, y, factor, offset, *groups, diagonal)
         return losses if rows else losses.sum()
     if rows:
         return _rows(x, y, factor, offset, *groups, diagonal)
