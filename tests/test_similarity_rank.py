@@ -174,6 +174,20 @@ def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.equal(got[0], whole[0]) and torch.equal(got[1], whole[1])
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_the_result(threads: int) -> None:
+    """Several workers share the rows of a stripe and merge their counts."""
+    x, y = features(300, 33), features(1100, 33)
+    y[700] = y[3]
+    of_x, of_y = some_groups(300, 1100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_exact(x, y, of_x, of_y)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_layouts_gradients_and_untouched_inputs() -> None:
     x, y = features(24, 10), features(31, 10)
     want = similarity_rank(x, y)

@@ -117,6 +117,20 @@ def test_chunks_and_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     assert torch.equal(half[1], similarity_topk_reference(x.half(), y.half(), 12)[1])
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_the_result(threads: int) -> None:
+    """Several workers see parts of a row's candidates and merge their lists."""
+    x, y = features(300, 33), features(1100, 33)
+    y[700] = y[3]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_exact(x, y, 64, torch.randint(-1, 4, (300,)), torch.randint(-1, 4, (1100,)))
+        assert_exact(x[:3], y, 5)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_galleries_that_are_no_tensor(tmp_path: Path) -> None:
     x, y = features(9, 16), features(500, 16)
     want = similarity_topk(x, y, 5)
