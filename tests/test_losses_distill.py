@@ -185,6 +185,23 @@ def check_far_apart_sums(rank: int, world: int) -> None:
     assert all(loss.isfinite() and loss.abs() < 1e-12 for loss in losses)
 
 
+def check_small_losses_in_fp32(rank: int, world: int) -> None:
+    """At scale 1e4 a rounded log-sum-exp or average is off by 1e-3; losses over ranks are not."""
+    x, y = features(16, 1), features(16, 2)
+    x, y = F.normalize(x, dim=1), F.normalize(x + 2e-3 * y, dim=1)
+    mine = slice(8 * rank, 8 * rank + 8)
+    exact = distill_loss(*(t.float().double() for t in (x, y)), 1e4, x.float(), y.float(), 1e4)  # type: ignore[misc, call-arg, arg-type]
+    a, b = x[mine].float(), y[mine].float()
+    for got, want in zip(distill_loss(a, b, 1e4, a, b, 1e4, gather=True), exact, strict=True):
+        # an fp32 product of size 1 is off by 6e-8
+        assert (got - want).abs() <= 2e-4 * want.abs() + 5e-6, (got, want)
+
+
+@pytest.mark.dist
+def test_small_losses_over_two_ranks() -> None:
+    run_on_ranks(2, check_small_losses_in_fp32)
+
+
 @pytest.mark.dist
 def test_a_group_that_is_not_everybody() -> None:
     run_on_ranks(3, check_subgroup)

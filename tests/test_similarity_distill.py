@@ -110,10 +110,9 @@ def test_sums_that_underflow_take_the_online_path(which: str) -> None:
 
 
 def test_cross_terms_that_overflow_take_the_online_path() -> None:
-    """exp(70) times a logit of 1e9 exceeds fp32 although either fits; scaled inputs, so that no cosine does."""
-    x = torch.full((3, 2), 1e-3)
-    inputs = [x, 1e12 * x, torch.ones(3, 1), torch.tensor([[71.0], [70.0], [71.0]])]
-    assert_as_good_as_torch(inputs, 1.0, 1.0)
+    """Sums of exp(69) fit fp32 and so does a logit of 1e7; 64 of their products do not."""
+    ones = torch.ones(70, 1)
+    assert_as_good_as_torch([ones] * 4, 1e7, 1e3)
 
 
 def test_the_chunked_path_and_its_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +120,22 @@ def test_the_chunked_path_and_its_stripes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(op_module.backend, "choose", lambda *_: "chunked")
     for dtype in (torch.float32, torch.bfloat16):
         assert_as_good_as_torch(four(300, 70, 20, 9, dtype), 20.0, 40.0)
+
+
+@pytest.mark.parametrize("kind", ["auto", "chunked"])
+def test_autocast_takes_no_bits_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "chunked":
+        monkeypatch.setattr(op_module.backend, "choose", lambda *_: "chunked")
+    inputs = four(20, 30, 8, 6)
+    weights = [torch.randn(k, dtype=torch.float64) for k in (20, 30, 20, 30)]
+    want = run(ours, inputs, 20.0, 30.0, weights)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def under_autocast(*args: Any) -> Any:
+        return ours(*args)
+
+    got = run(under_autocast, inputs, 20.0, 30.0, weights)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.skipif(not native.available(), reason="the native library is not built")

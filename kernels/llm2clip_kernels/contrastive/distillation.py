@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
-from ..checks import check_pair, scale_tensor
+from ..checks import autocast_inputs, check_pair, scale_tensor
 from ..distributed import Group
 from ..similarity_distill import similarity_distill_with_rounding
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
@@ -46,6 +46,8 @@ def distill_terms(
         (B,) contrastive and (B,) distillation losses, fp32 (fp64 for fp64), whose backward makes the gradient of
         the sum over all ranks; N.
     """
+    # before anything travels
+    x, y, p, q = autocast_inputs(x, y, p, q)
     factor = scale_tensor(scale, x, "distill_loss")
     first, total = 0, x.shape[0]
     counts = [total]

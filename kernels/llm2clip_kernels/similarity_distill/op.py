@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..checks import accumulator, check_pair, scale_tensor
+from ..checks import accumulator, autocast_inputs, check_pair, full_precision, scale_tensor
 from ..similarity_lse.op import Directions
 from . import chunked
 
@@ -89,9 +89,11 @@ def _forward(
         from . import kernel
 
         implementation = kernel
-    row, col, cross_row, cross_col, teacher_row, teacher_col = implementation.forward(
-        x, y, scale, p, q, teacher_scale, columns, row_origin, col_origin
-    )
+    # a custom op runs under its caller's autocast
+    with full_precision(x.device):
+        row, col, cross_row, cross_col, teacher_row, teacher_col = implementation.forward(
+            x, y, scale, p, q, teacher_scale, columns, row_origin, col_origin
+        )
     low = x.new_zeros(sum(_lengths(x.shape[0], y.shape[0], columns, diagonal)), dtype=wide)
     return row, col, pos, cross_row, cross_col, teacher_row, teacher_col, low
 
@@ -149,10 +151,11 @@ def _backward(
             from . import kernel
 
             implementation = kernel
-        dx, dy, dscale = implementation.backward(
-            *gradients, x, y, scale, p, q, teacher_scale, row_lse, col_lse, teacher_row, teacher_col, diagonal,
-            need_x, need_y, need_scale,
-        )  # fmt: skip
+        with full_precision(x.device):
+            dx, dy, dscale = implementation.backward(
+                *gradients, x, y, scale, p, q, teacher_scale, row_lse, col_lse, teacher_row, teacher_col,
+                diagonal, need_x, need_y, need_scale,
+            )  # fmt: skip
     dscale = dscale.reshape(()).to(scale.dtype) if need_scale else scale.new_zeros(())
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
@@ -256,6 +259,8 @@ def similarity_distill_with_rounding(
     Add the second to differences of the first: a log-sum-exp and an average of the logits it is made of nearly
     cancel. Arguments as in `similarity_distill`.
     """
+    if all(isinstance(t, Tensor) for t in (x, y, p, q)):
+        x, y, p, q = autocast_inputs(x, y, p, q)
     check_pair(x, y, "similarity_distill")
     _check_teacher(x, y, p, q)
     if directions not in ("both", "rows"):
