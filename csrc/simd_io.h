@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "instruction_set.h"
 #include "simd_exp.h"
 
 namespace llm2clip {
@@ -71,46 +72,27 @@ void run_default(const Body& body) {
 }
 #if defined(__x86_64__)
 template <class Body>
-__attribute__((target("avx2,fma"))) void run_avx2(const Body& body) {
+LLM2CLIP_AVX2 void run_avx2(const Body& body) {
   body();
 }
 template <class Body>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) void run_avx512(
-    const Body& body) {
+LLM2CLIP_AVX512 void run_avx512(const Body& body) {
   body();
 }
 #endif
-
-enum class SimdLevel { kDefault, kAvx2, kAvx512 };
-
-inline SimdLevel simd_level() {
-#if defined(__x86_64__)
-  static const SimdLevel level = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return SimdLevel::kAvx512;
-    }
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return avx2 ? SimdLevel::kAvx2 : SimdLevel::kDefault;
-  }();
-  return level;
-#else
-  return SimdLevel::kDefault;
-#endif
-}
 
 // Runs body() compiled for the widest instruction set of this processor. Everything it calls must be
 // always_inline, the body itself too.
 template <class Body>
 void run_simd(const Body& body) {
 #if defined(__x86_64__)
-  switch (simd_level()) {
-    case SimdLevel::kAvx512:
+  static const InstructionSet chosen = instruction_set();
+  switch (chosen) {
+    case InstructionSet::kAvx512:
       return run_avx512(body);
-    case SimdLevel::kAvx2:
+    case InstructionSet::kAvx2:
       return run_avx2(body);
-    case SimdLevel::kDefault:
+    case InstructionSet::kDefault:
       break;
   }
 #endif

@@ -28,7 +28,7 @@ from llm2clip.training.batches import rank_batches
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.pairs import CaptionPair, caption_pair, pair_source, without_duplicates
 from llm2clip.training.world import World
-from llm2clip_kernels import infonce_loss
+from llm2clip_kernels import infonce_loss, l2_normalize
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class LLMTask:
             value = self._hard_negative(short, long)
         else:
             value = infonce_loss(
-                nn.functional.normalize(short, dim=-1),
-                nn.functional.normalize(long, dim=-1),
+                l2_normalize(short),
+                l2_normalize(long),
                 self._scale,
                 group=_group(self._world),
             )

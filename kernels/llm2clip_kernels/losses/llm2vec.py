@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..contrastive import nll_loss
+from ..l2_normalize import l2_normalize
 
 
 class HardNegativeNLLLoss:
@@ -47,8 +48,8 @@ class HardNegativeNLLLoss:
         is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
         if not is_cosine:
             return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
-        unit = [F.normalize(t, dim=-1) for t in (q_reps, d_reps_pos)]
-        negatives = None if d_reps_neg is None else F.normalize(d_reps_neg, dim=-1)
+        unit = [l2_normalize(t) for t in (q_reps, d_reps_pos)]
+        negatives = None if d_reps_neg is None else l2_normalize(d_reps_neg)
         return nll_loss(unit[0], unit[1], negatives, self.scale, gather=gather)
 
     def _plain(self, q: Tensor, pos: Tensor, neg: Tensor | None, gather: bool) -> Tensor:
