@@ -70,6 +70,20 @@ def test_ranking(dtype: torch.dtype, variant: dict[str, Any]) -> None:
     )
 
 
+def test_autocast_takes_half_precision_throughout() -> None:
+    x, y, n = (features(130, torch.float32) for _ in range(3))
+    ids = torch.randint(0, 60, (130,), device="cuda")
+    half = [t.bfloat16() for t in (x, y, n)]
+    want = (
+        infonce_loss(half[0], half[1], 20.0, groups=ids, same_group="positive"),
+        ranking_loss(half[0], half[1], half[2:], 20.0),
+    )
+    with torch.autocast("cuda", torch.bfloat16):
+        # one tower may have left autocast's dtype
+        assert torch.equal(infonce_loss(x, half[1], 20.0, groups=ids, same_group="positive"), want[0])
+        assert torch.equal(ranking_loss(x, half[1], [n], 20.0), want[1])
+
+
 def test_the_same_every_run_without_waiting() -> None:
     x, y = features(700, torch.bfloat16), features(700, torch.bfloat16)
     ids, weights = torch.randint(0, 300, (700,), device="cuda"), torch.rand(700, device="cuda")

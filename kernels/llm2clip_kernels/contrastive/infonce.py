@@ -55,7 +55,6 @@ def _mean_logits(
 def _plain_terms(x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
     """(B,) terms of a batch so small that the matrix costs less than the algebra around the op."""
     wide = accumulator(x.dtype)
-    x, y = autocast_inputs(x, y)
     with full_precision(x.device):
         logits = (x.to(wide) @ y.to(wide).T) * scale
         target = torch.arange(x.shape[0], device=x.device)
@@ -93,6 +92,7 @@ def symmetric_terms(
     Returns:
         (B,) fp32 (fp64 for fp64) losses whose backward makes the gradient of the sum over all ranks; N.
     """
+    x, y = autocast_inputs(x, y)
     factor = scale_tensor(scale, x, "infonce_loss")
     if groups is None and not distributed_ and is_small(x, y, method):
         return _plain_terms(x, y, factor, label_smoothing), x.shape[0]
@@ -209,6 +209,8 @@ def infonce_loss(
     """
     name = "infonce_loss"
     check_options(name, reduction, grad_reduction, label_smoothing)
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        x, y = autocast_inputs(x, y)
     check_pair(x, y, name)
     transport = transport_of(group, gather, name)
     if same_group not in ("mask", "positive"):
