@@ -212,7 +212,8 @@ def measure(case: Case, names: list[str], options: argparse.Namespace) -> dict[s
     for name in ("peft", "ours"):
         if name in found:
             row[f"error_{name}"] = float(f"{found[name]:.1e}")
-    if case.t == max(options.t) and case.r in options.memory_r and not options.no_memory:
+    largest = case.t == max(options.t) and f"{case.k}x{case.n}" in options.memory_shapes
+    if largest and case.r in options.memory_r and not options.no_memory:
         for name in names:
             # compiling would count as memory of the step
             if name not in ("base", "compile"):
@@ -235,10 +236,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=harness.default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS.providers))
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds at least")
-    parser.add_argument("--min-seconds", type=float, default=0.3, help="more rounds until so much is spent")
+    parser.add_argument("--min-seconds", type=float, default=0.2, help="more rounds until so much is spent")
     parser.add_argument("--max-seconds", type=float, default=1.5, help="fewer rounds after so much")
     parser.add_argument(
         "--memory-r", type=int, nargs="+", default=[16], help="ranks whose memory is measured"
+    )
+    parser.add_argument(
+        "--memory-shapes", nargs="+", default=["576x1536", "2048x2048", "4096x4096"], help="and layers"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--no-save", action="store_true", help="print only")
