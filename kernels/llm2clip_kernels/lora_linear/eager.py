@@ -19,10 +19,14 @@ from . import products
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # dtypes are settled before the op; a backward pass run inside autocast must not change them
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+def _no_autocast(*tensors: Tensor | None) -> AbstractContextManager[Any]:
+    # dtypes are settled before the op; a backward pass run inside autocast must not change them. Entering the
+    # context costs tens of microseconds, and nothing changes where everything has autocast's dtype already
+    kind = next(t.device.type for t in tensors if t is not None)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if any(t is not None and t.dtype != dtype for t in tensors):
+            return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
@@ -38,7 +42,7 @@ def run(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """y (T, N) and u = drop(x) Aᵀ (T, R). Adds to the given y in place, or makes the base product itself."""
-    with _no_autocast(x):
+    with _no_autocast(weight, a):
         bt = products.scaled_up(b, scaling, dropout_p)
         if weight is None:
             assert y is not None
@@ -71,7 +75,7 @@ def run_backward(
     need_b: bool,
 ) -> Gradients:
     """Gradients of x, weight, bias, a and b; None where not needed."""
-    with _no_autocast(x):
+    with _no_autocast(dy, weight, a):
         dx = torch.mm(dy, weight) if need_x and weight is not None else None
         dx, da, db = products.backward(dy, x, a, b, u, dx, seed, scaling, dropout_p, need_x, need_a, need_b)
         dweight = torch.mm(dy.t(), x.to(dy.dtype)) if need_weight else None
