@@ -121,22 +121,46 @@ struct Outputs {
   }
 };
 
-// What is subtracted from S inside the cross terms: the positive logit, where most of a teacher's weight lies.
+// What is subtracted from S inside the cross terms: the positive logit, where most of a teacher's weight lies; for rows
+// and columns without one their mean logit, which takes away what all of them have in common.
 struct Origins {
   std::vector<float> row, col;
 
-  Origins(const Matrices& a, int64_t diagonal) : row(a.rows, 0.0f), col(a.cols, 0.0f) {
-    if (diagonal < 0) return;
+  Origins(const Matrices& a, int64_t diagonal) : row(a.rows), col(a.cols) {
+    const bool paired = diagonal >= 0;
+    const std::vector<float> mean_x = mean(a.x);
+    const std::vector<float> mean_y = mean(a.y);
     const int64_t dim = a.x.size(1);
+    const float* x = data(a.x);
+    const float* y = data(a.y);
     for_each_block(a.rows, [&](int64_t, int64_t first, int64_t count) {
       for (int64_t i = first; i < first + count; ++i) {
-        const float* u = data(a.x) + i * dim;
-        const float* v = data(a.y) + (diagonal + i) * dim;
-        double total = 0;
-        for (int64_t k = 0; k < dim; ++k) total += static_cast<double>(u[k]) * v[k];
-        row[i] = col[diagonal + i] = finite_shift(static_cast<float>(total * a.scale));
+        row[i] = logit(a, x + i * dim, paired ? y + (diagonal + i) * dim : mean_y.data());
       }
     });
+    for_each_block(a.cols, [&](int64_t, int64_t first, int64_t count) {
+      for (int64_t j = first; j < first + count; ++j) {
+        const int64_t i = j - diagonal;
+        col[j] = paired && i >= 0 && i < a.rows ? row[i] : logit(a, mean_x.data(), y + j * dim);
+      }
+    });
+  }
+
+  static float logit(const Matrices& a, const float* u, const float* v) {
+    double total = 0;
+    for (int64_t k = 0; k < a.x.size(1); ++k) total += static_cast<double>(u[k]) * v[k];
+    return finite_shift(static_cast<float>(total * a.scale));
+  }
+
+  static std::vector<float> mean(const Tensor& t) {
+    const int64_t dim = t.size(1);
+    std::vector<double> sum(dim, 0.0);
+    for (int64_t i = 0; i < t.size(0); ++i) {
+      for (int64_t k = 0; k < dim; ++k) sum[k] += data(t)[i * dim + k];
+    }
+    std::vector<float> out(dim);
+    for (int64_t k = 0; k < dim; ++k) out[k] = static_cast<float>(sum[k] / static_cast<double>(t.size(0)));
+    return out;
   }
 };
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gloo import run_on_ranks  # noqa: E402
 
 from llm2clip.losses import ClipLoss, CoCaLoss, DistillClipLoss  # noqa: E402
-from llm2clip_kernels import distill_loss  # noqa: E402
+from llm2clip_kernels import distill_loss, native  # noqa: E402
 
 SIZES = [3, 5, 2]
 TEACHER_SCALE = 11.0
@@ -185,21 +185,28 @@ def check_far_apart_sums(rank: int, world: int) -> None:
     assert all(loss.isfinite() and loss.abs() < 1e-12 for loss in losses)
 
 
-def check_small_losses_in_fp32(rank: int, world: int) -> None:
-    """At scale 1e4 a rounded log-sum-exp or average is off by 1e-3; losses over ranks are not."""
-    x, y = features(16, 1), features(16, 2)
-    x, y = F.normalize(x, dim=1), F.normalize(x + 2e-3 * y, dim=1)
-    mine = slice(8 * rank, 8 * rank + 8)
-    exact = distill_loss(*(t.float().double() for t in (x, y)), 1e4, x.float(), y.float(), 1e4)  # type: ignore[misc, call-arg, arg-type]
-    a, b = x[mine].float(), y[mine].float()
-    for got, want in zip(distill_loss(a, b, 1e4, a, b, 1e4, gather=True), exact, strict=True):
-        # an fp32 product of size 1 is off by 6e-8
-        assert (got - want).abs() <= 2e-4 * want.abs() + 5e-6, (got, want)
+def exact_features(rows: int, seed: int) -> Tensor:
+    """Features whose products, 10000 and a few quarters, are exact in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.pad(torch.randint(-2, 3, (rows, 3), generator=generator) / 2, (0, 1), value=100.0)
+
+
+def check_large_logits_in_fp32(rank: int, world: int) -> None:
+    """An fp32 log-sum-exp or average of such logits is off by 5e-4; losses over ranks are not."""
+    x, y, p, q = (exact_features(10, seed) for seed in (1, 2, 3, 4))
+    mine = [slice(0, 6), slice(6, 10)][rank]
+    want = distill_loss(x.double(), y.double(), 1.0, p.double(), q.double(), 0.5, reduction="none")
+    got = distill_loss(
+        x[mine], y[mine], 1.0, p[mine], q[mine], 0.5, reduction="none", gather=True, grad_reduction="sum"
+    )
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g.double(), w[mine], atol=1e-5, rtol=0), (g - w[mine]).abs().max()
 
 
 @pytest.mark.dist
-def test_small_losses_over_two_ranks() -> None:
-    run_on_ranks(2, check_small_losses_in_fp32)
+@pytest.mark.skipif(not native.available(), reason="the native library is not built")
+def test_large_logits_over_two_ranks() -> None:
+    run_on_ranks(2, check_large_logits_in_fp32)
 
 
 @pytest.mark.dist
