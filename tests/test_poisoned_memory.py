@@ -41,7 +41,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "positives": lambda x, y, p, q, w, b, la, lb, s, c: kernels.infonce_loss(
         x, y, s, groups=IDS, same_group="positive", label_smoothing=0.1
     ),
-    "nll": lambda x, y, p, q, w, b, la, lb, s, c: kernels.nll_loss(x, y, p @ q.T @ y, s),
+    "nll": lambda x, y, p, q, w, b, la, lb, s, c: kernels.nll_loss(x, y, x.flip(0), s),
     "ranking": lambda x, y, p, q, w, b, la, lb, s, c: kernels.ranking_loss(
         x, y, directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
     ),

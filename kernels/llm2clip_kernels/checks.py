@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -13,26 +11,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of sums and results for inputs of `dtype`: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """A context without autocast, which would otherwise reach into an op and round its matmuls' results."""
-    if torch.is_autocast_enabled(device.type):
-        off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-        return off
-    return nullcontext()
-
-
-def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts fp32, bf16 and fp16 inputs to the autocast dtype on a GPU, as `torch.mm` would; else as they are.
-
-    On the CPU the kernels compute in fp32 whatever comes, so rounding would only lose bits.
-    """
-    device = tensors[0].device.type
-    if device == "cpu" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
 
 
 def native_rows(t: Tensor) -> Tensor:

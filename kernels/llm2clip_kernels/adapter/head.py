@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import accumulator, full_precision
+from ..autocast import full_precision
+from ..checks import accumulator
 from . import rows
 from .op import autocast_weights, check_operands, nothing
 

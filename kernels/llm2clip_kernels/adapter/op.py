@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, accumulator, full_precision
+from ..autocast import full_precision
+from ..checks import FLOATS, accumulator
 from . import rows
 
 _PARAMETERS = ("ln_weight", "ln_bias", "w1", "b1", "w2", "b2")

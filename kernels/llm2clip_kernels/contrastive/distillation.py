@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
-from ..checks import autocast_inputs, check_pair, scale_tensor
+from ..autocast import follows_autocast
+from ..checks import check_pair, scale_tensor
 from ..distributed import Group
 from ..similarity_distill import similarity_distill_with_rounding
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
@@ -47,7 +48,6 @@ def distill_terms(
         the sum over all ranks; N.
     """
     # before anything travels
-    x, y, p, q = autocast_inputs(x, y, p, q)
     factor = scale_tensor(scale, x, "distill_loss")
     first, total = 0, x.shape[0]
     counts = [total]
@@ -74,6 +74,7 @@ def distill_terms(
     return contrastive, distill, total
 
 
+@follows_autocast
 def distill_loss(
     x: Tensor,
     y: Tensor,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import distributed
-from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
+from ..autocast import follows_autocast
+from ..checks import accumulator, check_groups, check_pair, scale_tensor
 from ..distributed import Group
 from ..similarity_lse.op import Method, is_small
 from .common import (
@@ -55,14 +56,13 @@ def _mean_logits(
 def _plain_terms(x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float) -> Tensor:
     """(B,) terms of a batch so small that the matrix costs less than the algebra around the op."""
     wide = accumulator(x.dtype)
-    with full_precision(x.device):
-        logits = (x.to(wide) @ y.to(wide).T) * scale
-        target = torch.arange(x.shape[0], device=x.device)
-        by_row, by_column = (
-            cross_entropy(side, target, reduction="none", label_smoothing=label_smoothing)
-            for side in (logits, logits.T)
-        )
-        return 0.5 * (by_row + by_column)
+    logits = (x.to(wide) @ y.to(wide).T) * scale
+    target = torch.arange(x.shape[0], device=x.device)
+    by_row, by_column = (
+        cross_entropy(side, target, reduction="none", label_smoothing=label_smoothing)
+        for side in (logits, logits.T)
+    )
+    return 0.5 * (by_row + by_column)
 
 
 def symmetric_terms(
@@ -92,7 +92,6 @@ def symmetric_terms(
     Returns:
         (B,) fp32 (fp64 for fp64) losses whose backward makes the gradient of the sum over all ranks; N.
     """
-    x, y = autocast_inputs(x, y)
     factor = scale_tensor(scale, x, "infonce_loss")
     if groups is None and not distributed_ and is_small(x, y, method):
         return _plain_terms(x, y, factor, label_smoothing), x.shape[0]
@@ -153,6 +152,7 @@ def _set_terms(
     return results[0], results[1]
 
 
+@follows_autocast
 def infonce_loss(
     x: Tensor,
     y: Tensor,
@@ -209,8 +209,6 @@ def infonce_loss(
     """
     name = "infonce_loss"
     check_options(name, reduction, grad_reduction, label_smoothing)
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        x, y = autocast_inputs(x, y)
     check_pair(x, y, name)
     transport = transport_of(group, gather, name)
     if same_group not in ("mask", "positive"):

@@ -7,12 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
+from ..autocast import follows_autocast
 from ..checks import check_pair
 from ..distributed import Group
 from ..similarity_lse.op import Method, similarity_lse_with_positives
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
 
 
+@follows_autocast
 def nll_loss(
     x: Tensor,
     positives: Tensor,

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
-from ..checks import autocast_inputs, check_pair, scale_tensor
+from ..autocast import follows_autocast
+from ..checks import check_pair, scale_tensor
 from ..distributed import Group
 from ..similarity_lse.op import Method, similarity_lse_with_positives
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
@@ -186,6 +187,7 @@ def _check(
         raise ValueError(f"{name}: hardness needs a scale above 0, got {scale}")
 
 
+@follows_autocast
 def ranking_loss(
     queries: Tensor,
     docs: Tensor,
@@ -229,8 +231,6 @@ def ranking_loss(
     name = "ranking_loss"
     negatives = [] if negatives is None else list(negatives)
     check_options(name, reduction, grad_reduction)
-    if all(isinstance(t, Tensor) for t in (queries, docs, *negatives)):
-        queries, docs, *negatives = autocast_inputs(queries, docs, *negatives)
     _check(queries, docs, negatives, scale, directions, partition_mode, hardness_mode, hardness_strength)
     transport = transport_of(group, gather, name)
     if transport == "ring":

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
-from ..checks import autocast_inputs, check_groups, check_pair
+from ..autocast import follows_autocast
+from ..checks import check_groups, check_pair
 from ..distributed import Group
 from ..sigmoid_loss.op import sigmoid_terms
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
@@ -43,7 +44,6 @@ def local_sigmoid_terms(
         () sum or (M,) losses of this rank's rows, with the gradient of the sum over all ranks' results; and the
         number of rows of x over all ranks.
     """
-    x, y = autocast_inputs(x, y)
     if transport == "local":
         terms = sigmoid_terms(x, y, scale, bias, x_groups=x_groups, y_groups=y_groups, rows=rows)
         return terms if rows else terms * weight, x.shape[0]
@@ -66,6 +66,7 @@ def local_sigmoid_terms(
     return terms if rows else terms * weight, total
 
 
+@follows_autocast
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -114,8 +115,6 @@ def sigmoid_loss(
     """
     check_options("sigmoid_loss", reduction, grad_reduction)
     transport = transport_of(group, gather, "sigmoid_loss")
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        x, y = autocast_inputs(x, y)
     check_pair(x, y, "sigmoid_loss")
     if x_groups is None and y_groups is not None:
         raise ValueError("sigmoid_loss: y_groups without x_groups; give the ids of both")

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
+from ..autocast import follows_autocast
 from ..checks import scale_tensor
 from ..contrastive import distill_terms
 from ..similarity_distill import similarity_distill_with_rounding
@@ -23,6 +24,7 @@ class DistillClipLoss(ClipLoss):
         """Returns the mean cross-entropy of rows of given logits, both (B, N); `forward` never makes them."""
         return -(teacher_logits.softmax(1) * student_logits.log_softmax(1)).sum(1).mean()
 
+    @follows_autocast
     def forward(  # type: ignore[override]
         self,
         image_features: Tensor,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
+from ..autocast import follows_autocast
 from ..checks import check_pair, scale_tensor
 from ..contrastive.ring import ring_lse
 from ..similarity_lse.op import NO_DIAGONAL, similarity_lse_with_positives
@@ -59,6 +60,7 @@ def _terms(
     return (row - pos) + (row_low - pos_low)
 
 
+@follows_autocast
 def cal_flash_loss(
     q: Tensor,
     k: Tensor,
@@ -85,6 +87,7 @@ def cal_flash_loss(
     return _terms(q, k, labels, scale, "cal_flash_loss", ring=False)
 
 
+@follows_autocast
 def cal_inf_loss(
     q: Tensor,
     k: Tensor,

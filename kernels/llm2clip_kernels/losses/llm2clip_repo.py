@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..autocast import follows_autocast
 from ..checks import check_pair
 from ..contrastive.infonce import symmetric_terms
 from ..similarity_rank import similarity_rank_counts
@@ -57,6 +58,7 @@ class ClipLoss(nn.Module):
         self.use_horovod = use_horovod
         self.smoothing = smoothing
 
+    @follows_autocast
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:

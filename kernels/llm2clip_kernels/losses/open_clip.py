@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import distributed
+from ..autocast import follows_autocast
 from ..checks import scale_tensor
 from ..contrastive import symmetric_terms, zero_of
 from ..similarity_lse.op import similarity_lse_with_positives
@@ -71,6 +72,7 @@ class ClipLoss(nn.Module):
             per_image = per_image + logit_bias
         return per_image, per_image.T
 
+    @follows_autocast
     def forward(
         self,
         image_features: Tensor,

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import autocast_inputs, check_pair
+from ..autocast import follows_autocast
+from ..checks import check_pair
 from ..contrastive.sigmoid import local_sigmoid_terms
 from ..contrastive.statistics import Transport
 
@@ -70,6 +71,7 @@ class SigLipLoss(nn.Module):
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
 
+    @follows_autocast
     def forward(
         self,
         image_features: Tensor,
@@ -89,7 +91,6 @@ class SigLipLoss(nn.Module):
         Returns:
             0-dim sum over this rank's images and everybody's texts, over B.
         """
-        image_features, text_features = autocast_inputs(image_features, text_features)
         check_pair(image_features, text_features, "SigLipLoss")
         if image_features.shape[0] != text_features.shape[0]:
             raise ValueError(

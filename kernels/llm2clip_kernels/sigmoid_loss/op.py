@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import accumulator, autocast_inputs, check_groups, check_pair, full_precision, scale_tensor
+from ..autocast import follows_autocast, full_precision
+from ..checks import accumulator, check_groups, check_pair, scale_tensor
 from . import chunked, plain
 
 # rows and columns of a CPU tile of fp32 dot products, 4 MiB, as in similarity_lse
@@ -260,6 +261,7 @@ def _rows_autograd(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 _rows.register_autograd(_rows_autograd, setup_context=_rows_context)
 
 
+@follows_autocast
 def sigmoid_terms(
     x: Tensor,
     y: Tensor,
@@ -292,15 +294,12 @@ def sigmoid_terms(
     Raises:
         TypeError, ValueError: inputs that do not fit.
     """
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        x, y = autocast_inputs(x, y)
     check_pair(x, y, "sigmoid_loss")
     groups = check_groups(x_groups, y_groups, x, y, "sigmoid_loss")
     factor = scale_tensor(scale, x, "sigmoid_loss")
     offset = scale_tensor(bias, x, "sigmoid_loss", "bias")
     if x.shape[0] * y.shape[0] <= _SMALL_PAIRS:
-        with full_precision(x.device):
-            losses = plain.forward(x, y, factor, offset, *groups, diagonal)
+        losses = plain.forward(x, y, factor, offset, *groups, diagonal)
         return losses if rows else losses.sum()
     if rows:
         return _rows(x, y, factor, offset, *groups, diagonal)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..checks import accumulator, autocast_inputs, check_pair, full_precision, scale_tensor
+from ..autocast import follows_autocast, full_precision
+from ..checks import accumulator, check_pair, positive_logits, scale_tensor
 from ..similarity_lse.op import Directions
 from . import chunked
 
@@ -43,12 +44,6 @@ class DistillTerms(NamedTuple):
     cross_col: Tensor | None  # (N,)
     teacher_row_lse: Tensor  # (M,)
     teacher_col_lse: Tensor | None  # (N,)
-
-
-def _positive_logits(x: Tensor, y: Tensor, scale: Tensor, diagonal: int) -> Tensor:
-    wide = accumulator(x.dtype)
-    partners = y[diagonal : diagonal + x.shape[0]]
-    return (x.to(wide) * partners.to(wide)).sum(1) * scale
 
 
 def _lengths(m: int, n: int, columns: bool, diagonal: int) -> list[int]:
@@ -80,7 +75,7 @@ def _forward(
     row_origin, col_origin = x.new_zeros(x.shape[0], dtype=wide), x.new_zeros(y.shape[0], dtype=wide)
     pos = x.new_empty(0, dtype=wide)
     if diagonal >= 0:
-        pos = _positive_logits(x, y, scale, diagonal)
+        pos = positive_logits(x, y, scale, diagonal)
         # most of a teacher's weight lies on the positive; what is left after it is subtracted rounds little
         row_origin = pos.nan_to_num(0.0, 0.0, 0.0)
         col_origin[diagonal : diagonal + x.shape[0]] = row_origin
@@ -260,8 +255,7 @@ def similarity_distill_with_rounding(
     cancel. Arguments as in `similarity_distill`.
     """
     if all(isinstance(t, Tensor) for t in (x, y, p, q)):
-        x, y, p, q = autocast_inputs(x, y, p, q)
-    check_pair(x, y, "similarity_distill")
+        check_pair(x, y, "similarity_distill")
     _check_teacher(x, y, p, q)
     if directions not in ("both", "rows"):
         raise ValueError(f"similarity_distill: directions must be 'both' or 'rows', got {directions!r}")
@@ -294,6 +288,7 @@ def similarity_distill_with_rounding(
     return terms(results), terms(rounding)
 
 
+@follows_autocast
 def similarity_distill(
     x: Tensor,
     y: Tensor,

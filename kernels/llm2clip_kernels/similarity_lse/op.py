@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import _env, backend
-from ..checks import (
-    accumulator,
-    autocast_inputs,
-    check_groups,
-    check_pair,
-    full_precision,
-    positive_logits,
-    scale_tensor,
-)
+from ..autocast import follows_autocast, full_precision
+from ..checks import accumulator, check_groups, check_pair, positive_logits, scale_tensor
 from . import chunked, plain
 
 Directions = Literal["both", "rows"]
@@ -237,6 +230,7 @@ def is_small(x: Tensor, y: Tensor, method: str) -> bool:
     return method == "auto" and x.shape[0] * y.shape[0] <= _SMALL_PAIRS
 
 
+@follows_autocast
 def similarity_lse_with_positives(
     x: Tensor,
     y: Tensor,
@@ -265,8 +259,6 @@ def similarity_lse_with_positives(
         row_lse (M,); col_lse (N,) or None; positive logits (M,) or None; and what rounding took from these
         three, one after the other: add it after subtracting them from each other. fp32 (fp64 for fp64).
     """
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        x, y = autocast_inputs(x, y)
     check_pair(x, y, "similarity_lse")
     if directions not in ("both", "rows"):
         raise ValueError(f"directions must be 'both' or 'rows', got {directions!r}")
@@ -278,8 +270,7 @@ def similarity_lse_with_positives(
     columns = directions == "both"
     groups = check_groups(x_groups, y_groups, x, y, "similarity_lse")
     if is_small(x, y, method):
-        with full_precision(x.device):
-            return plain.forward(x, y, factor, columns, diagonal, *groups)
+        return plain.forward(x, y, factor, columns, diagonal, *groups)
     row, col, pos, low, _ = _forward(
         x, y, factor, columns, diagonal, _wants_cache(method, x, y, factor), *groups
     )

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import backend, distributed
+from ..autocast import follows_autocast
 from ..checks import check_groups, check_pair
 from ..distributed import Group
 from . import chunked
@@ -186,6 +187,7 @@ def _finish(counts: Tensor, best: Tensor, right: Tensor, candidates: int) -> Ran
     return RankCounts(above, counts[1], counts[2], right, candidates)
 
 
+@follows_autocast
 def similarity_rank_counts(
     x: Tensor,
     y: Tensor,
@@ -256,6 +258,7 @@ def _complete_best(best: Tensor, right: Tensor, group: Group) -> None:
     best.masked_fill_(scored == 0, torch.nan)
 
 
+@follows_autocast
 def similarity_rank(
     x: Tensor,
     y: Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..autocast import follows_autocast
 from ..checks import check_groups, check_pair
 from . import chunked
 
@@ -104,6 +105,7 @@ class SimilarityTopK:
         return self._scores.float(), self._indices
 
 
+@follows_autocast
 def similarity_topk(
     x: Tensor,
     y: Tensor,
