@@ -165,12 +165,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& x, 
   return {dx, d_weight.total(x), d_bias.total(x), dy_sum.total(x)};
 }
 
+// seed: one int64, or none where p is zero
+Dropout dropout_of(const Tensor& seed, double p) {
+  return Dropout(seed.numel() > 0 ? *static_cast<const int64_t*>(seed.data_ptr()) : 0, p);
+}
+
 // out = dropout(gelu(pre + bias)); out may be pre
 void bias_gelu(const Tensor& pre, const Tensor& bias, const Tensor& seed, double p, Tensor out) {
   const int64_t rows = pre.size(0);
   const int64_t cols = pre.size(1);
   const float* b = values_or_null(bias);
-  const Dropout dropout(seed, p);
+  const Dropout dropout = dropout_of(seed, p);
   with_elements(pre, [&](const auto* from) {
     using T = std::decay_t<decltype(*from)>;
     T* to = static_cast<T*>(out.data_ptr());
@@ -198,7 +203,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& pre, const Tensor& b
   const int64_t rows = pre.size(0);
   const int64_t cols = pre.size(1);
   const float* b = values_or_null(bias);
-  const Dropout dropout(seed, p);
+  const Dropout dropout = dropout_of(seed, p);
   Tensor out = torch::stable::new_empty(pre, {keep_output ? rows : 0, cols}, pre.scalar_type());
   ColumnSums d_bias(need_bias, rows, cols);
   with_elements(pre, [&](const auto* from) {

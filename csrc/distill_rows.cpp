@@ -3,8 +3,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <string_view>
 
+#include "instruction_set.h"
 #include "similarity_rows.h"
 #include "simd_exp.h"
 
@@ -214,25 +214,12 @@ LLM2CLIP_INLINE void grad_any(const DistillGrad& a) {
   target void grad_##suffix(const DistillGrad& a) { grad_any(a); }          \
   constexpr DistillKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix};
 
-LLM2CLIP_DISTILL_VARIANT(default, )
-#if defined(__x86_64__)
-LLM2CLIP_DISTILL_VARIANT(avx2, __attribute__((target("avx2,fma"))))
-LLM2CLIP_DISTILL_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
-#endif
-
-const DistillKernels& choose() {
-#if defined(__x86_64__)
-  const std::string_view name = row_kernels().name;
-  if (name == "avx512") return k_avx512;
-  if (name == "avx2") return k_avx2;
-#endif
-  return k_default;
-}
+LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_DISTILL_VARIANT)
 
 }  // namespace
 
 const DistillKernels& distill_kernels() {
-  static const DistillKernels& chosen = choose();
+  static const DistillKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
   return chosen;
 }
 

@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "instruction_set.h"
 #include "simd_exp.h"
 
 namespace llm2clip {
@@ -290,23 +291,7 @@ struct Tasks {
   }                                                                                           \
   constexpr Tasks k_##suffix{forward_##suffix, backward_##suffix};
 
-LLM2CLIP_VARIANT(default, )
-#if defined(__x86_64__)
-LLM2CLIP_VARIANT(avx2, __attribute__((target("avx2,fma"))))
-LLM2CLIP_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
-#endif
-
-const Tasks& choose() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return k_avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return k_avx2;
-#endif
-  return k_default;
-}
+LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_VARIANT)
 
 // every task once, the next one to whichever worker is free: sequences differ in length by two orders of magnitude
 void run(const Problem& p, Task task) {
@@ -364,7 +349,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Problem p = problem(q, k, v, edges, causal, window, scale);
   Tensor out = like(q, true);
   p.out = static_cast<float*>(out.data_ptr());
-  static const Tasks& tasks = choose();
+  static const Tasks tasks = LLM2CLIP_FOR_THIS_PROCESSOR(k);
   run(p, tasks.forward);
   return out;
 }
@@ -379,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   if (need_q) p.dq = static_cast<float*>(dq.data_ptr());
   if (need_k) p.dk = static_cast<float*>(dk.data_ptr());
   if (need_v) p.dv = static_cast<float*>(dv.data_ptr());
-  static const Tasks& tasks = choose();
+  static const Tasks tasks = LLM2CLIP_FOR_THIS_PROCESSOR(k);
   run(p, tasks.backward);
   return {dq, dk, dv};
 }

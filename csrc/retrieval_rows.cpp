@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string_view>
 
+#include "instruction_set.h"
 #include "similarity_rows.h"
 #include "simd_exp.h"
 
@@ -178,22 +178,13 @@ LLM2CLIP_INLINE void top_body(const TopRows& a) {
   target double dot_##suffix(const float* x, const float* y, int64_t dim) { return dot_body(x, y, dim); } \
   constexpr RetrievalKernels k_##suffix{count_##suffix, top_##suffix, dot_##suffix};
 
-LLM2CLIP_RETRIEVAL_VARIANT(default, )
-#if defined(__x86_64__)
-LLM2CLIP_RETRIEVAL_VARIANT(avx2, __attribute__((target("avx2,fma"))))
-LLM2CLIP_RETRIEVAL_VARIANT(
-    avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
-#endif
+LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_RETRIEVAL_VARIANT)
 
 }  // namespace
 
 const RetrievalKernels& retrieval_kernels() {
-#if defined(__x86_64__)
-  const std::string_view chosen = row_kernels().name;
-  if (chosen == "avx512") return k_avx512;
-  if (chosen == "avx2") return k_avx2;
-#endif
-  return k_default;
+  static const RetrievalKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
+  return chosen;
 }
 
 }  // namespace llm2clip

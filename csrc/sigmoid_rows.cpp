@@ -82,30 +82,15 @@ LLM2CLIP_INLINE void any_rows(const SigmoidRows& a) {
   }
 }
 
-void rows_default(const SigmoidRows& a) { any_rows(a); }
-#if defined(__x86_64__)
-LLM2CLIP_AVX2 void rows_avx2(const SigmoidRows& a) { any_rows(a); }
-LLM2CLIP_AVX512 void rows_avx512(const SigmoidRows& a) { any_rows(a); }
-#endif
+#define LLM2CLIP_SIGMOID_VARIANT(suffix, target) \
+  target void rows_##suffix(const SigmoidRows& a) { any_rows(a); }
 
-SigmoidKernel choose() {
-#if defined(__x86_64__)
-  switch (instruction_set()) {
-    case InstructionSet::kAvx512:
-      return rows_avx512;
-    case InstructionSet::kAvx2:
-      return rows_avx2;
-    case InstructionSet::kDefault:
-      break;
-  }
-#endif
-  return rows_default;
-}
+LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_SIGMOID_VARIANT)
 
 }  // namespace
 
 SigmoidKernel sigmoid_kernel() {
-  static const SigmoidKernel chosen = choose();
+  static const SigmoidKernel chosen = LLM2CLIP_FOR_THIS_PROCESSOR(rows);
   return chosen;
 }
 

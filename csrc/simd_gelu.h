@@ -8,29 +8,8 @@ namespace llm2clip {
 
 // exp(v) for v <= 0 within 2 ulp; not below 1e-38. Anything for NaN, which callers multiply by NaN again.
 LLM2CLIP_INLINE Floats exp_negative(Floats v) {
-  // as exp() of simd_exp.h, without what positive and special values need
-  constexpr float kRound = 12582912.0f;
-  const Floats lowest = broadcast(-87.33654f);
-  const Floats z = v > lowest ? v : lowest;
-  const Floats shifted = z * 1.44269504088896340736f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = (z - n * 0.693359375f) - n * -2.12194440054690583e-4f;
-  Floats p = broadcast(1.0f / 5040.0f);
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  Ints bits;
-  Ints exponent;
-  std::memcpy(&bits, &p, sizeof(bits));
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  bits += exponent << 23;
-  Floats out;
-  std::memcpy(&out, &bits, sizeof(out));
-  return out;
+  const Floats lowest = broadcast(kExpLowest);
+  return exp_in_range(v > lowest ? v : lowest);
 }
 
 LLM2CLIP_INLINE Floats magnitude(Floats v) {

@@ -66,37 +66,21 @@ LLM2CLIP_INLINE void for_each_lane_group(int64_t cols, const Body& body) {
   if (j < cols) body(j, cols - j);
 }
 
+#define LLM2CLIP_RUN_VARIANT(suffix, target) \
+  target static void run_##suffix(const Body& body) { body(); }
+
 template <class Body>
-void run_default(const Body& body) {
-  body();
-}
-#if defined(__x86_64__)
-template <class Body>
-LLM2CLIP_AVX2 void run_avx2(const Body& body) {
-  body();
-}
-template <class Body>
-LLM2CLIP_AVX512 void run_avx512(const Body& body) {
-  body();
-}
-#endif
+struct Compiled {
+  LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_RUN_VARIANT)
+};
 
 // Runs body() compiled for the widest instruction set of this processor. Everything it calls must be
 // always_inline, the body itself too.
 template <class Body>
 void run_simd(const Body& body) {
-#if defined(__x86_64__)
-  static const InstructionSet chosen = instruction_set();
-  switch (chosen) {
-    case InstructionSet::kAvx512:
-      return run_avx512(body);
-    case InstructionSet::kAvx2:
-      return run_avx2(body);
-    case InstructionSet::kDefault:
-      break;
-  }
-#endif
-  run_default(body);
+  using Run = void (*)(const Body&);
+  static const Run run = LLM2CLIP_FOR_THIS_PROCESSOR(Compiled<Body>::run);
+  run(body);
 }
 
 // calls body with the tensor's data as float* or BFloat*

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "instruction_set.h"
 #include "simd_exp.h"
 
 namespace llm2clip {
@@ -199,28 +200,12 @@ LLM2CLIP_INLINE void grad_any(const GradRows& a, GradMode mode) {
   }                                                                                               \
   constexpr RowKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix, #suffix};
 
-LLM2CLIP_VARIANT(default, )
-#if defined(__x86_64__)
-LLM2CLIP_VARIANT(avx2, __attribute__((target("avx2,fma"))))
-LLM2CLIP_VARIANT(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))))
-#endif
-
-const RowKernels& choose() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return k_avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return k_avx2;
-#endif
-  return k_default;
-}
+LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_VARIANT)
 
 }  // namespace
 
 const RowKernels& row_kernels() {
-  static const RowKernels& chosen = choose();
+  static const RowKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
   return chosen;
 }
 

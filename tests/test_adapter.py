@@ -19,9 +19,9 @@ from llm2clip_kernels.adapter import (
     layer_norm_linear,
     layer_norm_linear_reference,
     op,
-    plain,
     rows,
 )
+from llm2clip_kernels.dropout import keep_mask
 
 FLOOR = {torch.float32: 4e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-14}
 # rows, D, hidden: one of each, every side of a vector and of a block of rows, no powers of two, wide
@@ -190,7 +190,7 @@ def test_dropout(p: float, backend: str) -> None:
     """Equal, gradients too, to torch's composition with the mask that the seed stands for."""
     seed = torch.tensor([0x1234_5678_9ABC_DEF])
     x, parameters = torch.randn(70, 20), block(20, 37)
-    keep = plain.keep_mask(seed, 70, 37, p)
+    keep = keep_mask(seed, 0, 70, 37, p)
     upstream = torch.randn(70, 20, dtype=torch.float64)
     ours = run(adapter_block, [x, *parameters], upstream, dropout_p=p, seed=seed)
     if p == 1:
@@ -205,7 +205,7 @@ def test_dropout(p: float, backend: str) -> None:
 
 
 def test_dropout_masks_look_random_and_follow_the_generator() -> None:
-    masks = torch.stack([plain.keep_mask(torch.tensor([s]), 400, 300, 0.5) for s in (1, 2, 1 << 40)]).double()
+    masks = torch.stack([keep_mask(torch.tensor([s]), 0, 400, 300, 0.5) for s in (1, 2, 1 << 40)]).double()
     signs = 2 * masks - 1
     assert signs.mean((1, 2)).abs().max() < 4 / (400 * 300) ** 0.5
     assert signs.mean(1).abs().max() < 5 / 400**0.5 and signs.mean(2).abs().max() < 5 / 300**0.5
@@ -228,7 +228,7 @@ def test_backends_drop_the_same_elements() -> None:
     seed, ones = torch.tensor([987_654_321_987]), torch.full((130, 45), 5.0)
     out = torch.empty_like(ones)
     torch.ops.llm2clip_native.bias_gelu(ones, torch.empty(0), seed, 0.3, out)
-    assert torch.equal(out != 0, plain.keep_mask(seed, 130, 45, 0.3))
+    assert torch.equal(out != 0, keep_mask(seed, 0, 130, 45, 0.3))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import adapter_block, l2_normalize, segment_mean
@@ -14,17 +15,13 @@ from llm2clip_kernels.adapter import (
     adapter_block_reference,
     layer_norm_linear,
     layer_norm_linear_reference,
-    plain,
 )
+from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.l2_normalize import l2_normalize_reference
 from llm2clip_kernels.segment_mean import segment_mean_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = MARKS
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = {torch.float32: 4e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = [(1, 8, 16), (7, 96, 192), (65, 123, 246), (300, 1280, 2560), (257, 4096, 8192)]
 
@@ -112,7 +109,7 @@ def test_dropout_draws_the_mask_of_the_cpu() -> None:
     seed = torch.tensor([0x1234_5678_9ABC_DEF])
     ones, out = torch.full((130, 300), 5.0, device="cuda"), torch.empty(130, 300, device="cuda")
     rows.bias_gelu(ones, torch.empty(0, device="cuda"), seed.cuda(), 0.3, out)
-    assert torch.equal((out != 0).cpu(), plain.keep_mask(seed, 130, 300, 0.3))
+    assert torch.equal((out != 0).cpu(), keep_mask(seed, 0, 130, 300, 0.3))
 
 
 def test_the_same_bits_every_run() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,11 +18,7 @@ from test_ranking import dense_ranking, named, variants  # noqa: E402
 
 from llm2clip_kernels import infonce_loss, ranking_loss  # noqa: E402
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = MARKS
 
 
 def features(rows: int, dtype: torch.dtype, dim: int = 96) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llm2clip_kernels import lora_add, lora_linear
+from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.lora_linear import lora_linear_reference, op, products
-from llm2clip_kernels.lora_linear.dropout import keep_mask
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # (T, K, N, R): one of each, R = 1, R above K and N, ragged everywhere, more rows than a chunk, R = 256

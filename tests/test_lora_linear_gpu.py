@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import lora_add, lora_linear
+from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.lora_linear import lora_linear_reference, op
-from llm2clip_kernels.lora_linear.dropout import dropout_rows_, keep_mask
+from llm2clip_kernels.lora_linear.dropout import dropout_rows_
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = MARKS
 
 SHAPES = [
     (1, 8, 8, 1),
@@ -23,7 +22,6 @@ SHAPES = [
     (1030, 576, 1536, 16),
     (65, 40, 130, 3),
 ]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ import torch._dynamo
 from torch import Tensor
 
 from llm2clip_kernels import lora_add, lora_linear, native
+from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.lora_linear import op
-from llm2clip_kernels.lora_linear.dropout import dropout_rows_, keep_mask
+from llm2clip_kernels.lora_linear.dropout import dropout_rows_
 
 ROOT = Path(__file__).resolve().parents[1]
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64

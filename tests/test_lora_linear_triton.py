@@ -16,7 +16,7 @@ INTERPRETED = """
 import torch
 from llm2clip_kernels import lora_add, lora_linear
 from llm2clip_kernels.lora_linear import kernel, lora_linear_reference
-from llm2clip_kernels.lora_linear.dropout import keep_mask
+from llm2clip_kernels.dropout import keep_mask
 
 def check(got, want, limit, what):
     error = ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()

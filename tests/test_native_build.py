@@ -58,6 +58,37 @@ def test_record_says_what_was_built() -> None:
         assert info["native"]["cuda"] and info["native"]["architectures"]
 
 
+def test_the_record_lists_every_op() -> None:
+    from llm2clip_kernels import build_info
+
+    ops = {path.parent.name for path in PACKAGE.glob("*/op.py")}
+    assert len(ops) >= 10 and set(build_info()["backends"]) == ops
+
+
+def test_serves_without_native_library_and_triton_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "sys.modules['triton'] = None\n"
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import llm2clip_kernels\n"
+        "heavy = {'transformers', 'peft', 'sympy', 'numpy.testing', 'torch._dynamo', 'torch._inductor'}\n"
+        "assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)\n"
+        "info = llm2clip_kernels.build_info()\n"
+        "assert info['triton'] is None and not info['native']['loaded']\n"
+        "assert {b for of in info['backends'].values() for b in of.values()} == {'chunked'}, info\n"
+        "x = torch.eye(4, requires_grad=True)\n"
+        "llm2clip_kernels.infonce_loss(x, x, 2.0).backward()\n"
+        "y = llm2clip_kernels.lora_linear(x, x, None, x[:2], x[:, :2], 2.0, dropout_p=0.5)\n"
+        "assert torch.equal(y[2:], x[2:]) and x.grad is not None\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "LLM2CLIP_DISABLE_NATIVE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def metadata(tmp_path: Path, **env: str) -> tuple[str, str]:
     """What `setup.py` answers about the wheel without building: its tag and packages, and its warnings."""
     code = (

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import MARKS
 from torch import Tensor
 
 from llm2clip_kernels import packed_attention
 from llm2clip_kernels.packed_attention import library, packed_attention_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = MARKS
 
 LENGTHS = [63, 64, 65, 7, 300, 1, 30]
 RULES: list[dict[str, Any]] = [

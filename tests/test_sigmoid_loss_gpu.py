@@ -7,31 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_gpu import DTYPES, MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import sigmoid_loss
 from llm2clip_kernels.sigmoid_loss import sigmoid_loss_reference, sigmoid_terms
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
-
-# D = 20 and 7 leave rows of bf16 off 16 bytes, where the copy engine cannot serve
-SHAPES = [
-    (1, 1, 8),
-    (7, 5, 20),
-    (63, 65, 96),
-    (65, 130, 7),
-    (252, 507, 123),
-    (1030, 40, 24),
-    (333, 4100, 1280),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def features(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, dim), dim=1).cuda().to(dtype)
+pytestmark = MARKS
 
 
 def scalars(scale: float = 10.0, bias: float = -10.0) -> list[Tensor]:

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from on_gpu import DTYPES, MARKS, features
 from torch import Tensor
 
 from llm2clip_kernels import distill_loss, similarity_distill
 from llm2clip_kernels.similarity_distill import similarity_distill_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = MARKS
 
 # rows, columns, D, E
 SHAPES = [
@@ -27,12 +24,7 @@ SHAPES = [
     (1030, 40, 24, 16),
     (333, 4100, 512, 1280),
 ]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("row", "col", "cross_row", "cross_col", "dx", "dy", "dscale")
-
-
-def features(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, dim), dim=1).cuda().to(dtype)
 
 
 def four(m: int, n: int, d: int, e: int, dtype: torch.dtype) -> list[Tensor]:

@@ -6,31 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from on_gpu import DTYPES, MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import infonce_loss, similarity_lse
 from llm2clip_kernels.similarity_lse import similarity_lse_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
-
-SHAPES = [
-    (1, 1, 8),
-    (7, 5, 20),
-    (63, 65, 96),
-    (65, 130, 7),
-    (252, 507, 123),
-    (1030, 40, 24),
-    (333, 4100, 1280),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def features(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, dim), dim=1).cuda().to(dtype)
+pytestmark = MARKS
 
 
 def run(function: Any, x: Tensor, y: Tensor, scale: float, weights: tuple[Tensor, Tensor]) -> list[Tensor]:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from on_gpu import MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import similarity_rank, similarity_rank_counts, similarity_topk
 from llm2clip_kernels.similarity_rank import similarity_rank_reference
 from llm2clip_kernels.similarity_topk import similarity_topk_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+pytestmark = MARKS
 
-SHAPES = [
-    (1, 1, 8),
-    (7, 5, 20),
-    (63, 65, 96),
-    (65, 130, 7),
-    (252, 507, 123),
-    (1030, 40, 24),
-    (333, 4100, 1280),
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def features(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(rows, dim), dim=1).cuda().to(dtype)
 
 
 def assert_exact(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, tolerance: float = 0.0) -> None:

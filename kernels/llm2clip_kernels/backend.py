@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import platform
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -72,6 +73,26 @@ def choose_rows(device: torch.device, *dtypes: torch.dtype) -> Backend:
     return "chunked"
 
 
+def _choose_either(device: torch.device, dtype: torch.dtype, fast: Backend) -> Backend:
+    """For an op that has one fast implementation, and plain torch for everything else."""
+    return fast if choose(device, dtype) == fast else "chunked"
+
+
+_CHOICES: dict[str, Callable[[torch.device, torch.dtype], Backend]] = {
+    "adapter": choose_rows,
+    "l2_normalize": choose_rows,
+    # its products; dropout in place has C++ too
+    "lora_linear": functools.partial(_choose_either, fast="triton"),
+    "packed_attention": choose,
+    "segment_mean": choose_rows,
+    "sigmoid_loss": choose,
+    "similarity_distill": choose,
+    "similarity_lse": choose,
+    "similarity_rank": choose_retrieval,
+    "similarity_topk": functools.partial(_choose_either, fast="native"),
+}
+
+
 def build_info() -> dict[str, Any]:
     """Returns versions, what was built, and which backend each op uses; printed by `llm2clip env`."""
     reason = native.load()
@@ -95,31 +116,12 @@ def build_info() -> dict[str, Any]:
         "native": {"loaded": reason == "", "reason": reason, **native.build_record()},
         "cpu_capability": torch.ops.llm2clip_native.cpu_capability() if reason == "" else None,
         "backends": {
-            **{
-                op: {
-                    f"{device} {str(dtype).removeprefix('torch.')}": choose_rows(torch.device(device), dtype)
-                    for device in devices
-                    for dtype in dtypes
-                }
-                for op in ("adapter", "l2_normalize", "segment_mean")
-            },
-            **{
-                op: {
-                    f"{device} {str(dtype).removeprefix('torch.')}": choose(torch.device(device), dtype)
-                    for device in devices
-                    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-                }
-                for op in ("sigmoid_loss", "similarity_distill", "similarity_lse")
-            },
-            # on a GPU it asks torch and xformers, call by call (docs/packing.md)
-            "packed_attention": {
-                f"cpu {str(dtype).removeprefix('torch.')}": choose(torch.device("cpu"), dtype)
+            op: {
+                f"{device} {str(dtype).removeprefix('torch.')}": chosen(torch.device(device), dtype)
+                # on a GPU packed attention asks torch and xformers, call by call (docs/packing.md)
+                for device in (["cpu"] if op == "packed_attention" else devices)
                 for dtype in dtypes
-            },
-            "similarity_rank": {
-                f"{device} {str(dtype).removeprefix('torch.')}": choose_retrieval(torch.device(device), dtype)
-                for device in devices
-                for dtype in dtypes
-            },
+            }
+            for op, chosen in _CHOICES.items()
         },
     }

@@ -62,6 +62,14 @@ def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "s
     return torch.full((), float(scale), dtype=dtype, device=like.device)
 
 
+def check_integers(t: object, label: str, name: str) -> None:
+    """Raises TypeError unless t is a tensor of integers."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {label} must be an integer tensor, got {type(t).__name__}")
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"{name}: {label} must be an integer tensor, got {t.dtype}")
+
+
 def check_groups(
     x_groups: Tensor | None, y_groups: Tensor | None, x: Tensor, y: Tensor, name: str
 ) -> tuple[Tensor, Tensor]:
@@ -76,14 +84,7 @@ def check_groups(
     if x_groups is None or y_groups is None:
         raise ValueError(f"{name}: groups are needed for the rows of x and of y, got only one of the two")
     for label, ids, rows in (("x_groups", x_groups, x), ("y_groups", y_groups, y)):
-        if (
-            not isinstance(ids, Tensor)
-            or ids.is_floating_point()
-            or ids.is_complex()
-            or ids.dtype == torch.bool
-        ):
-            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"{name}: {label} must be an integer tensor, got {kind}")
+        check_integers(ids, label, name)
         if ids.shape != rows.shape[:1]:
             raise ValueError(
                 f"{name}: {label} must hold one id for each of {rows.shape[0]} rows, got {tuple(ids.shape)}"

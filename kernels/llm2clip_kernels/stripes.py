@@ -32,6 +32,25 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def add_stripe_gradients(g: Tensor, start: int, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """Writes the stripe's rows of dx = G y, and returns dy with the stripe's share of Gᵀ x added.
+
+    Args:
+        g: (rows, N) stripe of G in x's dtype.
+        start: number of its first row.
+        x, y: (M, D) and (N, D).
+        dx: (M, D), empty where x needs no gradient.
+        dy: (N, D), empty where y needs no gradient; what it holds before the first stripe does not count.
+    """
+    stop = start + g.shape[0]
+    if dx.numel():
+        dx[start:stop] = matmul(g, y)
+    if dy.numel():
+        product = matmul(g.T, x[start:stop])
+        dy = product if start == 0 else dy.add_(product)
+    return dy
+
+
 def gradient_unit(*gradients: Tensor) -> Tensor:
     """The largest magnitude among the gradients, 1 where that is zero or not finite; 0-dim.
 

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dropout
+from ..triton_dropout import keeps
+
 # of a row held in registers, sixteen elements a thread
 LARGEST_ROW = 16384
 # rows of a slab of partial column sums, at most
@@ -22,34 +25,6 @@ _PROGRAMS = 256
 _TILE_M = 8
 _TILE_N = 256
 _GROUP_M = 64
-
-
-@triton.jit
-def _mix(h):
-    # the 32-bit finaliser of MurmurHash3
-    h = h ^ (h >> 16)
-    h = h * 0x85EBCA6B
-    h = h ^ (h >> 13)
-    h = h * 0xC2B2AE35
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def dropout_factor(
-    seed_ptr,  # (1,) i64
-    rows,  # (BLOCK_M,) int64
-    cols,  # (BLOCK_N,) int
-    threshold,
-    scale,
-):
-    # as plain.keep_mask
-    seed = tl.load(seed_ptr)
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    key = _mix(_mix(rows.to(tl.uint32) ^ low) + high)
-    spread = cols.to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32)
-    drawn = _mix(spread[None, :] ^ key[:, None]) >> 8
-    return tl.where(drawn.to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit
@@ -152,7 +127,7 @@ def layer_norm_bwd_kernel(
 def bias_gelu_fwd_kernel(
     pre_ptr,  # (N, K)
     bias_ptr,  # (K,) f32
-    seed_ptr,  # (1,) i64
+    seed_ptr,  # one i64
     out_ptr,  # (N, K), may be pre
     threshold,
     scale,
@@ -172,7 +147,7 @@ def bias_gelu_fwd_kernel(
         v += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     value = v * (0.5 + 0.5 * tl.math.erf(v * 0.7071067811865476))
     if DROPOUT:
-        value *= dropout_factor(seed_ptr, rows, cols, threshold, scale)
+        value *= tl.where(keeps(seed_ptr, rows[:, None], cols[None, :], threshold), scale, 0.0)
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -180,7 +155,7 @@ def bias_gelu_fwd_kernel(
 def bias_gelu_bwd_kernel(
     pre_ptr,  # (N, K)
     bias_ptr,  # (K,) f32
-    seed_ptr,  # (1,) i64
+    seed_ptr,  # one i64
     gradient_ptr,  # (N, K), replaced
     out_ptr,  # (N, K): the GELU's output again
     dbias_ptr,  # (programs along the rows, K) f32
@@ -213,7 +188,7 @@ def bias_gelu_bwd_kernel(
         g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
         value = v * below
         if DROPOUT:
-            factor = dropout_factor(seed_ptr, rows, cols, threshold, scale)
+            factor = tl.where(keeps(seed_ptr, rows[:, None], cols[None, :], threshold), scale, 0.0)
             g *= factor
             value *= factor
         g *= below + v * density
@@ -233,7 +208,7 @@ def row_block(cols: int) -> tuple[int, int]:
 
 
 def _dropout(p: float) -> tuple[int, float]:
-    return round(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+    return dropout.threshold(p), 1 / (1 - p) if p < 1 else 0.0
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

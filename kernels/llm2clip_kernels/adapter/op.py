@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..autocast import full_precision
 from ..checks import FLOATS, accumulator
+from ..dropout import new_seed
 from . import rows
 
 _PARAMETERS = ("ln_weight", "ln_bias", "w1", "b1", "w2", "b2")
@@ -255,7 +256,7 @@ def adapter_block(
         b2: (D,) or None.
         eps: of LayerNorm.
         dropout_p: share of the hidden activations set to zero; pass 0 outside training.
-        seed: (1,) int64 on the device of x, which decides dropout's mask; None draws one from torch's generator.
+        seed: one int64 on the device of x, which decides dropout's mask; None draws one from torch's generator.
             The mask is another one than nn.Dropout's from the same generator state, and the same in every backend.
 
     Returns:
@@ -292,7 +293,7 @@ def adapter_block(
     if dropout_p == 0:
         seed = None
     elif seed is None:
-        seed = torch.randint(2**62, (1,), device=x.device)
+        seed = new_seed(x.device)
     keep = needs_gradient(x, ln_weight, ln_bias, w1, b1, w2, b2)
     y, _ = _forward(
         x.reshape(-1, width), ln_weight, ln_bias, w1, b1, w2, b2, seed, float(eps), float(dropout_p), keep

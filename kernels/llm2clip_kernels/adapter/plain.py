@@ -7,40 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator
-
-_MASK = 0xFFFFFFFF
+from ..dropout import keep_mask
 
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(accumulator(t.dtype))
 
 
-def _mix(h: Tensor) -> Tensor:
-    """The 32-bit finaliser of MurmurHash3, on int64: what wraps around there keeps its low 32 bits."""
-    h = h ^ (h >> 16)
-    h = (h * 0x85EBCA6B) & _MASK
-    h = h ^ (h >> 13)
-    h = (h * 0xC2B2AE35) & _MASK
-    return h ^ (h >> 16)
-
-
-def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
-    """Which elements dropout keeps, (rows, cols) bool, from the seed (1,) int64 and their position alone.
-
-    Every backend draws this mask, so that the backward pass needs no stored one.
-    """
-    row = torch.arange(rows, device=seed.device) & _MASK
-    col = torch.arange(cols, device=seed.device)
-    low, high = seed & _MASK, (seed >> 32) & _MASK
-    key = _mix((_mix(row ^ low) + high) & _MASK)
-    drawn = _mix(((col * 0x9E3779B9) & _MASK) ^ key[:, None]) >> 8
-    return drawn >= round(p * 2**24)
-
-
 def _drop(t: Tensor, seed: Tensor, p: float) -> Tensor:
     if p == 0:
         return t
-    kept = keep_mask(seed, t.shape[0], t.shape[1], p)
+    kept = keep_mask(seed, 0, t.shape[0], t.shape[1], p)
     return torch.where(kept, t * (1 / (1 - p) if p < 1 else 0.0), t.new_zeros(()))
 
 
@@ -98,7 +75,7 @@ def layer_norm_backward(
 
 
 def bias_gelu(pre: Tensor, bias: Tensor, seed: Tensor, p: float, out: Tensor) -> None:
-    """out = drop(gelu(pre + bias)), (N, K); bias (K,) or empty; out may be pre; seed (1,) int64 where p > 0."""
+    """out = drop(gelu(pre + bias)), (N, K); bias (K,) or empty; out may be pre; seed: one int64 where p > 0."""
     v = _wide(pre) + bias if bias.numel() else _wide(pre)
     out.copy_(_drop(F.gelu(v), seed, p))
 

@@ -3,7 +3,7 @@
 Forward: one tile of y is accumulated along K from x and W, then along R from u = xAᵀ and s·Bᵀ in the same
 registers, gets its bias and is stored once. The low-rank product therefore costs R more columns of depth and
 no second read and write of y. Backward: library GEMMs, see `products`. Dropout zeroes rows in place from the
-hash of dropout.py.
+mask of triton_dropout.py.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _env
+from ..triton_dropout import keeps
 from ..triton_tiles import Config, config_for, precision
 
 # rows of tiles that share their columns of W in the L2 cache
@@ -79,33 +80,18 @@ def lora_linear_fwd_kernel(
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
 
 
-@triton.jit
-def _mix(h):
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    return h ^ (h >> 16)
-
-
 @triton.jit(do_not_specialize=["first_row", "threshold"])
 def dropout_rows_kernel(
     t_ptr,  # (rows, cols), in place
-    seed_ptr,  # () i64
+    seed_ptr,  # one i64
     first_row,  # number of the first row in the whole matrix
-    threshold,  # of 2^24: hashes below it are dropped
+    threshold,  # dropout.threshold(p)
     cols,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    seed = tl.load(seed_ptr)
-    row = first_row + i_row
-    key = _mix((row >> 32).to(tl.uint32) + 0x9E3779B9)
-    key = _mix(row.to(tl.uint32) ^ key)
-    key = _mix((seed >> 32).to(tl.uint32) ^ key)
-    key = _mix(seed.to(tl.uint32) ^ key)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = (_mix(key ^ _mix(column.to(tl.uint32) + 0x9E3779B9)) >> 8) >= threshold.to(tl.uint32)
+    keep = keeps(seed_ptr, first_row + i_row, column, threshold)
     # only zeros are written
     p_t = t_ptr + i_row * cols + column
     tl.store(p_t, tl.zeros((BLOCK,), dtype=t_ptr.dtype.element_ty), mask=(column < cols) & (keep == 0))
@@ -140,7 +126,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, bt: Tenso
 
 
 def dropout_rows_(t: Tensor, seed: Tensor, first_row: int, threshold: int) -> None:
-    """Zeroes entries of a contiguous (rows, cols) matrix in place where their hash is below threshold / 2^24."""
+    """Zeroes entries of a contiguous (rows, cols) matrix in place; threshold as `dropout.threshold`."""
     rows, cols = t.shape
     if t.numel() == 0:
         return

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _env
+from ..dropout import new_seed
 from . import products
 from .checks import check_add, check_linear, settle
-from .dropout import new_seed
 from .eager import LoraAdd, LoraLinear, run, run_backward
 
 # numbers in x and y below which a hand-written backward pass costs more than it saves

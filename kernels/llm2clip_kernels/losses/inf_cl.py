@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..autocast import follows_autocast
-from ..checks import check_pair, scale_tensor
+from ..checks import check_integers, check_pair, scale_tensor
 from ..contrastive.ring import ring_lse
 from ..similarity_lse.op import NO_DIAGONAL, similarity_lse_with_positives
 
@@ -21,9 +21,7 @@ def _check_labels(labels: Tensor | None, q: Tensor, k: Tensor, name: str) -> Non
                 f"{k.shape[0]}"
             )
         return
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{name}: labels must be an integer tensor, got {came}")
+    check_integers(labels, "labels", name)
     if labels.shape != q.shape[:1]:
         raise ValueError(
             f"{name}: labels must hold one row of k for each of {q.shape[0]} rows of q, got shape "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator
-from ..stripes import gradient_unit, matmul, stripe_rows, widen
+from ..stripes import add_stripe_gradients, gradient_unit, matmul, stripe_rows, widen
 
 
 def gradient_lift(dtype: torch.dtype) -> float:
@@ -55,7 +55,7 @@ def compute(
     unit = torch.ones((), dtype=wide, device=x.device) if weight is None else gradient_unit(weight).to(wide)
     loss = x.new_empty(m, dtype=wide)
     dx = x.new_empty(m if need_x else 0, x.shape[1], dtype=wide)
-    dy = x.new_zeros(n if need_y else 0, x.shape[1], dtype=wide)
+    dy = x.new_empty(n if need_y else 0, x.shape[1], dtype=wide)
     dscale, dbias = (x.new_zeros(1 if need else 0, dtype=wide) for need in (need_scale, need_bias))
     step = stripe_rows(n, m)
     for start in range(0, m, step):
@@ -76,11 +76,7 @@ def compute(
             dscale += (g * dots).sum()
         if need_bias:
             dbias += g.sum()
-        g = g.mul_(lift).to(x.dtype)
-        if need_x:
-            dx[start:stop] = matmul(g, y)
-        if need_y:
-            dy += matmul(g.T, x[start:stop])
+        dy = add_stripe_gradients(g.mul_(lift).to(x.dtype), start, x, y, dx, dy)
     return loss, dx.mul_(scale * unit / lift), dy.mul_(scale * unit / lift), dscale * unit, dbias * unit
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..stripes import gradient_unit, matmul
+from ..stripes import add_stripe_gradients, gradient_unit
 from ..triton_tiles import group_codes, operands, precision, product_tile
 from ..tuning import Config, config_for, tuned
 from .chunked import gradient_lift
@@ -174,11 +174,6 @@ def compute(
         # nothing is added where they are empty
         dscale += scale_part
         dbias += bias_part
-        stripe = stripe_buffer[: stop - start]
-        if need_x:
-            dx[start:stop] = matmul(stripe, y)
-        if need_y:
-            product = matmul(stripe.T, x[start:stop])
-            dy = product if start == 0 else dy.add_(product)
+        dy = add_stripe_gradients(stripe_buffer[: stop - start], start, x, y, dx, dy)
     factor = scale * unit / lift
     return loss, dx.mul_(factor), dy.mul_(factor), dscale * unit, dbias * unit

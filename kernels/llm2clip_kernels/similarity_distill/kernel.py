@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..stripes import gradient_unit, matmul
+from ..stripes import add_stripe_gradients, gradient_unit
 from ..triton_tiles import Config, config_for, finite, operands, precision, product_tile, static_shift
 
 # log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
@@ -532,11 +532,6 @@ def backward(
             TEACHER_PRECISION=precision(p), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        stripe = stripe_buffer[: stop - start]
-        if need_x:
-            dx[start:stop] = matmul(stripe, y)
-        if need_y:
-            product = matmul(stripe.T, x[start:stop])
-            dy = product if start == 0 else dy.add_(product)
+        dy = add_stripe_gradients(stripe_buffer[: stop - start], start, x, y, dx, dy)
         first_tile += grid[0] * grid[1]
     return dx.mul_(scale * unit), dy.mul_(scale * unit), dscale.sum() * unit

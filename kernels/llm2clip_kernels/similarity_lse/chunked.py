@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator
-from ..stripes import gradient_unit, left_out, matmul, stripe_rows, widen
+from ..stripes import add_stripe_gradients, gradient_unit, left_out, matmul, stripe_rows, widen
 
 
 def forward(
@@ -70,7 +70,7 @@ def backward(
     m, n = x.shape[0], y.shape[0]
     unit = gradient_unit(g_row, g_col, g_pos).to(wide)
     dx = x.new_empty(m if need_x else 0, x.shape[1], dtype=wide)
-    dy = x.new_zeros(n if need_y else 0, x.shape[1], dtype=wide)
+    dy = x.new_empty(n if need_y else 0, x.shape[1], dtype=wide)
     dscale = x.new_zeros((), dtype=wide)
     step = stripe_rows(n, m)
     for start in range(0, m, step):
@@ -87,9 +87,5 @@ def backward(
             weights.diagonal(diagonal + start).add_(g_pos[start:stop] / unit)
         if need_scale:
             dscale += (weights * dots).sum()
-        weights = weights.to(x.dtype)
-        if need_x:
-            dx[start:stop] = matmul(weights, y)
-        if need_y:
-            dy += matmul(weights.T, x[start:stop])
+        dy = add_stripe_gradients(weights.to(x.dtype), start, x, y, dx, dy)
     return dx.mul_(scale * unit), dy.mul_(scale * unit), dscale * unit

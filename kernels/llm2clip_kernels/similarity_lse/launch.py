@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import native
 from ..checks import positive_logits
-from ..stripes import gradient_unit, matmul
+from ..stripes import add_stripe_gradients, gradient_unit
 from ..triton_tiles import group_codes, operands, precision, static_shift
 from ..tuning import Config, config_for, tuned
 from .kernel import (
@@ -187,12 +187,7 @@ def backward(
     for start in range(0, m, step):
         stop = min(start + step, m)
         total = total + write_stripe(config, start, stop)
-        stripe = stripe_buffer[: stop - start]
-        if need_x:
-            dx[start:stop] = matmul(stripe, y)
-        if need_y:
-            product = matmul(stripe.T, x[start:stop])
-            dy = product if start == 0 else dy.add_(product)
+        dy = add_stripe_gradients(stripe_buffer[: stop - start], start, x, y, dx, dy)
     if cached and need_scale:
         # at scale 0 every exponential is 1 and says nothing of the dot product
         direct = (x * dx).sum() if need_x else (y * dy).sum()

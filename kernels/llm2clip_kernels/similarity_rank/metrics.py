@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
-import torch
 from torch import Tensor
+
+from ..checks import check_integers
 
 
 class RetrievalMetrics(TypedDict):
@@ -32,14 +33,7 @@ def retrieval_metrics(rank: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> Retrie
     Raises:
         TypeError, ValueError: `rank` is no 1-D integer tensor, or a k is below 1.
     """
-    if (
-        not isinstance(rank, Tensor)
-        or rank.is_floating_point()
-        or rank.is_complex()
-        or rank.dtype == torch.bool
-    ):
-        kind = rank.dtype if isinstance(rank, Tensor) else type(rank).__name__
-        raise TypeError(f"retrieval_metrics: rank must be an integer tensor, got {kind}")
+    check_integers(rank, "rank", "retrieval_metrics")
     if rank.dim() != 1:
         raise ValueError(f"retrieval_metrics: rank must be 1-D, got shape {tuple(rank.shape)}")
     if any(k < 1 for k in ks):
