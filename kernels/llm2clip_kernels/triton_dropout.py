@@ -30,5 +30,6 @@ def keeps(
     key = _mix(row.to(tl.uint32) ^ key)
     key = _mix((seed >> 32).to(tl.uint32) ^ key)
     key = _mix(seed.to(tl.uint32) ^ key)
-    hashed = _mix(key ^ (column.to(tl.uint32) * 0x9E3779B9)) >> 8
+    spread = column.to(tl.uint32) * 0x9E3779B9
+    hashed = _mix(key ^ spread) >> 8
     return hashed.to(tl.int32) >= threshold
