@@ -16,7 +16,7 @@ from llm2clip.models.packed import flatten, make_packs, pool_packed, unpad
 from llm2clip.models.pooling import pool
 from llm2clip.models.tokens import Tokens, collate
 from llm2clip.settings import LoraSettings
-from tests.tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny_models import FAMILIES, SIZES, save_tiny, tiny_model, tiny_tokenizer
 
 CAPTIONS = ["a dog", "two cats on a mat, sleeping", "x", "the quick brown fox jumps", "a dog", "y", "zz top"]
 POOLINGS = ["mean", "weighted_mean", "eos"]
@@ -281,6 +281,44 @@ def test_layouts_that_cannot_be() -> None:
         padded(flatten(padded.tokenize(["a"])))
     with pytest.raises(ValueError, match="at least one caption"):
         flatten([])
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        # attention sinks, which only the try-out finds
+        (
+            "gpt_oss",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 64},
+            "has no s_aux",
+        ),
+        # a recurrence and a convolution, which carry one caption into the next; the former says so nowhere
+        ("recurrent_gemma", {}, "see each other"),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "layers of type conv"),
+        # a decoder whose own code does not take a finished mask
+        ("nemotron", {}, "attn_mask"),
+    ],
+)
+def test_models_that_a_pack_would_change_are_padded(family: str, options: Any, reason: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(family, **{**SIZES, **options})
+
+    def build(layout: Any) -> CaptionEncoder:
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        return CaptionEncoder(
+            model.eval(), tiny_tokenizer(), bidirectional=False, max_length=64, layout=layout
+        ).eval()
+
+    with pytest.raises(ModelError, match=f"layout=packed is not possible for .*{reason}"):
+        build("packed")
+    auto, padded = build("auto"), build("padded")
+    assert auto.layout == "padded"
+    assert torch.equal(auto.encode(CAPTIONS), padded.encode(CAPTIONS))
 
 
 def test_dynamic_rope_is_refused_where_neighbours_would_matter() -> None:

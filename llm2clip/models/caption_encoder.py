@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from llm2clip.models.pooling import pool
 from llm2clip.models.tokens import CaptionBatch, CaptionTokenizer, Tokens, collate, token_batches
 from llm2clip.progress import Progress
 from llm2clip.settings import Layout, LLMSettings, LoraSettings, Pooling, Precision
+
+log = logging.getLogger(__name__)
 
 _SHORT = 128  # tokens; the plain products keep (B, H, L, L) for the backward pass
 # CPU: products run at full speed from a few hundred tokens on, and their operands should stay in the cache
@@ -71,12 +74,11 @@ class CaptionEncoder(nn.Module):
         self._captions = CaptionTokenizer(
             tokenizer, max_length=max_length, prompt=prompt, needs_eos=pooling == "eos"
         )
-        self.layout = _layout(lora.base_model(model), layout, max_length)
-        if self.layout == "packed":
-            packed.install(lora.base_model(model))
-        self._alone_above = packed.own_pack_above(lora.base_model(model))
-        attention.set_attention(lora.base_model(model), bidirectional=bidirectional)
-        attention.verify_attention(lora.base_model(model), bidirectional=bidirectional)
+        base = lora.base_model(model)
+        attention.set_attention(base, bidirectional=bidirectional)
+        self.layout = _layout(base, layout, max_length, bidirectional)
+        self._alone_above = packed.own_pack_above(base)
+        attention.verify_attention(base, bidirectional=bidirectional)
 
     @classmethod
     def from_pretrained(
@@ -330,15 +332,21 @@ class CaptionEncoder(nn.Module):
         }
 
 
-def _layout(model: nn.Module, wanted: str, max_length: int) -> Literal["packed", "padded"]:
+def _layout(
+    model: nn.Module, wanted: str, max_length: int, bidirectional: bool
+) -> Literal["packed", "padded"]:
+    """The layout a model gets; packed attention is installed where it is `packed`."""
     if wanted not in ("auto", "packed", "padded"):
         raise ModelError(f"layout must be auto, packed or padded, got {wanted!r}")
     if wanted == "padded":
         return "padded"
-    reason = packed.refusal(model, max_length)
+    reason = packed.refusal(model, max_length) or packed.install_tried(model, bidirectional=bidirectional)
     if reason and wanted == "packed":
         raise ModelError(f"layout=packed is not possible for {type(model).__name__}: {reason}")
-    return "padded" if reason else "packed"
+    if reason:
+        log.info("captions are padded, %s cannot run packed: %s", type(model).__name__, reason)
+        return "padded"
+    return "packed"
 
 
 def _attention_kernel(ids: Tensor) -> AbstractContextManager[None]:

@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm2clip.errors import ModelError
+from llm2clip.models.bidirectional import attention_mask
 from llm2clip.models.tokens import CaptionBatch, Tokens
 from llm2clip.packing import pack
 from llm2clip_kernels import packed_attention, segment_mean
 
 IMPLEMENTATION = "llm2clip_packed"
+# arguments by which models ask for more than softmax attention: sinks, biases, selected keys
+_OTHER_ATTENTION = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,9 @@ def refusal(model: Any, max_length: int) -> str:
         )
     if not getattr(model, "_supports_attention_backend", True):
         return f"{type(model).__name__} does not use transformers' attention interface"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if other:
+        return f"it has layers of type {', '.join(other)}, in which captions of a pack would see each other"
     return ""
 
 
@@ -219,6 +225,57 @@ def install(model: Any) -> None:
     model.set_attn_implementation(IMPLEMENTATION)
 
 
+@torch.no_grad()
+def install_tried(model: Any, *, bidirectional: bool) -> str:
+    """Install packed attention if a pack then gives what the model gives for one caption at a time.
+
+    Layers that mix tokens without attention (convolutions, recurrences) and attention of a kind that `attend`
+    does not know would otherwise give other embeddings without an error. Two captions of a few tokens are
+    compared: with another state of the caption before, or another attention, they differ by a good part of
+    their norm.
+
+    Args:
+        model: transformers base model whose direction flags are set (`bidirectional.set_attention`).
+        bidirectional: the direction of its attention.
+
+    Returns:
+        Why the model cannot run packed, which leaves its own attention in place; empty once installed.
+    """
+    own = model.config._attn_implementation
+    weight = next(model.parameters())
+    vocabulary = int(getattr(model.config, "vocab_size", 8))
+    captions = [[i * 7 % vocabulary for i in part] for part in ((1, 2, 3, 4), (5, 6, 7))]
+    training = model.training
+    model.eval()
+    try:
+        alone = []
+        for ids in captions:
+            row = torch.tensor([ids], device=weight.device)
+            mask = attention_mask(model, torch.ones_like(row), bidirectional=bidirectional)
+            alone.append(model(input_ids=row, attention_mask=mask, use_cache=False).last_hidden_state[0])
+        expected = torch.cat(alone).double()
+        install(model)
+        try:
+            pack = flatten([Tokens(ids, 0, False) for ids in captions], weight.device)
+            found = model(**model_inputs(pack)).last_hidden_state[0].double()
+        except Exception as error:  # whatever a family's own code makes of arguments that it does not expect
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            # rounding alone reaches a few percent in half precision
+            allowed = 1e-3 if weight.dtype == torch.float32 else 0.1
+            apart = (found - expected)[-3:].norm() / expected[-3:].norm()
+            reason = (
+                ""
+                if apart <= allowed
+                else "its layers let captions of a pack see each other or attend otherwise"
+            )
+    finally:
+        model.train(training)
+    if reason:
+        model.set_attn_implementation(own)
+    return reason
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -232,7 +289,7 @@ def attend(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query (B, Hq, L, Dh), key and value (B, Hk, L, Dh) -> (B, L, Hq, Dh).
 
@@ -240,8 +297,11 @@ def attend(
     come with the mask that transformers made for them.
 
     Raises:
-        ModelError: attention dropout, which packed attention does not have.
+        ModelError: attention dropout, sinks or position biases, which packed attention does not have.
     """
+    unknown = [name for name in _OTHER_ATTENTION if others.get(name) is not None]
+    if unknown:
+        raise ModelError(f"packed attention has no {', '.join(unknown)}, which {type(module).__name__} needs")
     if dropout:
         raise ModelError(f"packed attention has no dropout, the model asks for {dropout}; use layout=padded")
     batch, heads, length, width = query.shape
