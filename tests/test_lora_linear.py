@@ -274,6 +274,25 @@ def test_lora_add_in_place_only_where_that_is_allowed(way: str) -> None:
         assert leaf.grad is not None and (leaf.grad == 1).all()
 
 
+class Quantised(torch.autograd.Function):
+    """A base layer as bitsandbytes has it: a frozen product that ends in a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return (x.view(-1, x.shape[-1]) @ weight.T).view(*x.shape[:-1], -1)
+
+
+def test_lora_add_takes_a_view_made_without_a_graph(way: str) -> None:
+    x, w, _, a, b = tensors(30, 12, 10, 3)
+    a.requires_grad_()
+    rows = x.view(5, 6, 12)
+    got = lora_add(Quantised.apply(rows, w), rows, a, b, 2.0)
+    got.sum().backward()
+    want = x @ w.T + 2.0 * x @ a.T @ b.T
+    assert torch.allclose(got.view(30, 10), want, atol=1e-5)
+    assert a.grad is not None and torch.allclose(a.grad, 2.0 * b.sum(0)[:, None] * x.sum(0), atol=1e-4)
+
+
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, FP32), (FP16, FP32, FP32)], ids=str)
 def test_lora_add_gradients(dtypes: tuple[torch.dtype, ...]) -> None:
     kind_y, kind_x, low = dtypes

@@ -126,6 +126,8 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ((X[:, :0], W, None, A, B, 1.0), {}, ValueError, "K >= 1"),
     ((X.numpy(), W, None, A, B, 1.0), {}, TypeError, "tensor"),
     ((X, W, None, A, B, 1.0), {"dropout_p": 1.5}, ValueError, "from 0 to 1"),
+    ((X, W, None, A, B, 1.0), {"dropout_p": 0.5, "seed": 3}, TypeError, "one int64 in a tensor, got int"),
+    ((X, W, None, A, B, 1.0), {"dropout_p": 0.5, "seed": torch.ones(())}, TypeError, "got torch.float32"),
     ((X, W, None, A, B, 1.0), {"dropout_p": float("nan")}, ValueError, "from 0 to 1"),
 ]
 

@@ -123,7 +123,9 @@ class _Fused:
             if autocast or x.dtype == base.weight.dtype:
                 return lora_linear(x, base.weight, base.bias, a, b, scaling, dropout_p=p)
         # whatever the base layer is, it makes its own product
-        return lora_add(base(x), x, a, b, scaling, dropout_p=p)
+        y = base(x)
+        # what a hook has kept of it must not change
+        return lora_add(y.clone() if base._forward_hooks else y, x, a, b, scaling, dropout_p=p)
 
 
 class FusedLoraLinear(_Fused, lora.Linear):  # type: ignore[misc]

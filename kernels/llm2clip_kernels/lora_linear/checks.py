@@ -48,6 +48,17 @@ def _check_low_rank(
         raise ValueError(f"{name}: dropout_p must be from 0 to 1, got {dropout_p}")
 
 
+def check_seed(name: str, seed: Tensor | None, x: Tensor) -> None:
+    """Raises TypeError or ValueError unless seed is None or one int64 on x's device."""
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        given = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"{name}: seed must be one int64 in a tensor, got {given}")
+    if seed.device != x.device:
+        raise ValueError(f"{name}: seed must be on the device of x, {x.device}, got {seed.device}")
+
+
 def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float
 ) -> None:

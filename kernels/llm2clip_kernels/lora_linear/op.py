@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _env
 from ..dropout import new_seed
 from . import products
-from .checks import check_add, check_linear, settle
+from .checks import check_add, check_linear, check_seed, settle
 from .eager import LoraAdd, LoraLinear, run, run_backward
 
 # numbers in x and y below which a hand-written backward pass costs more than it saves
@@ -207,6 +207,7 @@ def lora_linear(
         >>> y = lora_linear(x, base.weight, base.bias, lora_a, lora_b, alpha / rank)
     """
     check_linear(x, weight, bias, lora_a, lora_b, dropout_p)
+    check_seed("lora_linear", seed, x)
     weight, lora_a, lora_b = (settle(t, x) for t in (weight, lora_a, lora_b))
     if bias is not None:
         bias = settle(bias, x)
@@ -252,6 +253,7 @@ def lora_add(
         TypeError, ValueError: as `lora_linear`.
     """
     check_add(y, x, lora_a, lora_b, dropout_p)
+    check_seed("lora_add", seed, x)
     lora_a, lora_b = settle(lora_a, x), settle(lora_b, x)
     if dropout_p == 0:
         seed = None
@@ -263,8 +265,10 @@ def lora_add(
     rest = (rows, lora_a, lora_b, seed, float(scaling), float(dropout_p))
     if torch.compiler.is_compiling():
         return _add(y.reshape(-1, y.shape[-1]), *rest)[0].reshape(y.shape)
-    # a leaf with a gradient and a view of somebody's tensor must not be written to
-    if y.requires_grad and (y.is_leaf or y._is_view()) or not y.is_contiguous():
+    # a leaf with a gradient and a view of somebody's tensor must not be written to; nor may a view that a base
+    # layer's own autograd.Function returns, in no graph itself, enter one by being written to
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, lora_a, lora_b))
+    if differentiable and (y._is_view() or y.requires_grad and y.is_leaf) or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     added: Tensor = LoraAdd.apply(y, *rest)
     return added
