@@ -317,7 +317,7 @@ def test_lora_bias_and_disabled_casting_and_hooks(calls: list[str]) -> None:
     model = block()
     fuse_lora(model)
     kept: list[tuple[Tensor, Tensor]] = []
-    model.base_model.model.up.base_layer.register_forward_hook(lambda m, i, o: kept.append((o, o.clone())))
+    model.base_model.model.down.base_layer.register_forward_hook(lambda m, i, o: kept.append((o, o.clone())))
     model(IDS)
     assert torch.equal(*kept[0]), "what a hook keeps of the base layer is not written to"
     half = get_peft_model(nn.Sequential(nn.Linear(8, 6)).to(BF16), LoraConfig(r=2, target_modules=["0"]))

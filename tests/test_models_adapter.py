@@ -174,6 +174,52 @@ def test_hooks_are_called() -> None:
     assert seen == ["gelu", "norm", "block", "last, backward"]
 
 
+class Marked(nn.Parameter):
+    """Stands for a quantised or sharded weight: a subclass that torch's own layers can multiply with."""
+
+
+@pytest.mark.parametrize("place", ["first", "last", "adaptor", "forward"])
+def test_what_is_not_plain_is_called_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, x = trained(1), torch.randn(5, 24)
+    want, seen = adapter(x).detach(), []
+    monkeypatch.setattr(nn.Linear, "forward", noting(nn.Linear.forward, seen))
+    adapter(x)
+    assert not seen
+    if place == "adaptor":
+        adapter.adaptor.register_forward_hook(lambda *_: seen.append("adaptor"))
+    elif place == "forward":
+        layer = adapter.adaptor[2]
+        layer.forward = noting(layer.forward, seen)
+    else:
+        layer = adapter.adaptor[0].fn[0] if place == "first" else adapter.adaptor[2]
+        layer.weight = Marked(layer.weight.detach())
+    assert torch.allclose(adapter(x), want, atol=1e-5)
+    assert len(seen) == {"first": 2, "last": 1, "adaptor": 2, "forward": 2}[place]
+
+
+def noting(function: Any, seen: list[str]) -> Any:
+    def noted(*args: Any) -> Any:
+        seen.append("called")
+        return function(*args)
+
+    return noted
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_embeddings_of_half_precision_under_any_autocast(stored: torch.dtype, kind: torch.dtype) -> None:
+    adapter, x = trained(1), torch.randn(5, 24).to(stored)
+    with torch.autocast("cpu", kind):
+        got, want = adapter(x), adapter.forward_plain(x)
+    assert got.dtype == want.dtype
+    true = adapter.double().forward_plain(x.double())
+    assert (got - true).norm() <= 2 * (want - true).norm() + 1e-3 * true.norm()
+    adapter.float()
+    with torch.autocast("cpu", kind):
+        adapter(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters())
+
+
 def test_parametrised_weights_are_used() -> None:
     adapter, x = trained(1), torch.randn(5, 24)
     torch.nn.utils.parametrizations.weight_norm(adapter.adaptor[0].fn[0])

@@ -5,8 +5,8 @@ Structure and state-dict names are those of the published LLM2CLIP checkpoints: 
 `adaptor.{depth + 1}` (Linear with bias).
 
 The forward runs the fused ops of `llm2clip_kernels` on the parameters of these modules: the same function with half the
-saved activations. A module that was replaced (LoRA, quantisation, a parametrisation) or carries hooks is called
-itself, and so are its neighbours in the block.
+saved activations. A module that was replaced (LoRA, quantisation, a parametrisation), carries hooks or has sharded
+or quantised weights is called itself, and so are its neighbours in the block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
     if type(module) is not kind:
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return not (hooks or module._backward_pre_hooks)
+    # a forward on the instance is how accelerate attaches its hooks
+    if hooks or module._backward_pre_hooks or "forward" in module.__dict__:
+        return False
+    # sharded and quantised weights (DTensor, torchao) are subclasses that only torch's own layers know
+    return all(p is None or type(p) in (Tensor, nn.Parameter) for p in module._parameters.values())
 
 
 class ResidualBlock(nn.Module):
@@ -118,6 +122,8 @@ class TextAdapter(nn.Module):
                 "trained with."
             )
         x = l2_normalize(embeddings) if self.normalize_input else embeddings
+        if not _is_plain(self.adaptor, nn.Sequential):
+            return self.adaptor(x)
         *blocks, norm, last = self.adaptor
         for block in blocks:
             x = block(x)

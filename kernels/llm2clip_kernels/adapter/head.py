@@ -14,7 +14,7 @@ from torch import Tensor
 from ..autocast import full_precision
 from ..checks import accumulator
 from . import rows
-from .op import autocast_weights, check_operands, nothing
+from .op import autocast_rows, autocast_weights, check_operands, nothing
 
 
 @torch.library.custom_op("llm2clip_kernels::layer_norm_linear", mutates_args=())
@@ -145,6 +145,7 @@ def layer_norm_linear(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
     (weight,) = autocast_weights(x, weight)
+    x = autocast_rows(x, weight)
     out, width = weight.shape
     vectors = {"ln_weight": (ln_weight, width), "ln_bias": (ln_bias, width), "bias": (bias, out)}
     check_operands(name, x, {"weight": weight}, vectors)

@@ -218,6 +218,13 @@ def autocast_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(w.to(dtype) if w.dtype in FLOATS else w for w in weights)
 
 
+def autocast_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x, in fp32 where autocast gave the weight another half precision than that of x."""
+    halves = (torch.float16, torch.bfloat16)
+    mixed = x.dtype in halves and weight.dtype in halves and x.dtype != weight.dtype
+    return x.float() if mixed and torch.is_autocast_enabled(x.device.type) else x
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Returns whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -244,7 +251,8 @@ def adapter_block(
     summed in a fixed order.
 
     Autocast: the weights, and with them the GEMMs and what is saved of them, take its dtype; x and the result
-    keep theirs, as in torch's own composition.
+    keep theirs, as in torch's own composition. An x of the other half precision is taken to fp32, as torch's sum
+    of the two is.
 
     Args:
         x: (..., D) fp32, bf16, fp16 or fp64.
@@ -272,6 +280,7 @@ def adapter_block(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
     w1, w2 = autocast_weights(x, w1, w2)
+    x = autocast_rows(x, w1)
     hidden, width = w1.shape
     vectors = {
         "ln_weight": (ln_weight, width),
