@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import dropout
 from ..triton_dropout import keeps
+from ..triton_launch import on_its_device
 
 # of a row held in registers, sixteen elements a thread
 LARGEST_ROW = 16384
@@ -211,6 +212,7 @@ def _dropout(p: float) -> tuple[int, float]:
     return dropout.threshold(p), 1 / (1 - p) if p < 1 else 0.0
 
 
+@on_its_device
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """As `plain.layer_norm`; x contiguous, D <= LARGEST_ROW."""
     rows, cols = x.shape
@@ -224,6 +226,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     return out
 
 
+@on_its_device
 def layer_norm_backward(
     x: Tensor,
     weight: Tensor,
@@ -256,6 +259,7 @@ def layer_norm_backward(
     return dx, sums[0], sums[1], sums[2]
 
 
+@on_its_device
 def bias_gelu(pre: Tensor, bias: Tensor, seed: Tensor, p: float, out: Tensor) -> None:
     """As `plain.bias_gelu`; everything contiguous."""
     rows, cols = pre.shape
@@ -266,6 +270,7 @@ def bias_gelu(pre: Tensor, bias: Tensor, seed: Tensor, p: float, out: Tensor) ->
         )  # fmt: skip
 
 
+@on_its_device
 def bias_gelu_backward(
     pre: Tensor, bias: Tensor, seed: Tensor, p: float, gradient: Tensor, keep_output: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:

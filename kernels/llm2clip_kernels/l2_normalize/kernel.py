@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import on_its_device
+
 # elements of a row in registers at a time; longer rows are read in pieces, the second time from the cache
 LARGEST_BLOCK = 4096
 
@@ -79,6 +81,7 @@ def l2_normalize_bwd_kernel(
         tl.store(dx_ptr + row * D + col, dx.to(dx_ptr.dtype.element_ty), mask=col < D)
 
 
+@on_its_device
 def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     """Returns y (N, D) in `dtype` and the norms (N,) fp32. x (N, D), contiguous, not fp64."""
     rows, cols = x.shape
@@ -90,6 +93,7 @@ def forward(x: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     return y, norm
 
 
+@on_its_device
 def backward(
     g: Tensor, saved: Tensor, norm: Tensor, eps: float, saved_is_unit: bool, dtype: torch.dtype
 ) -> Tensor:

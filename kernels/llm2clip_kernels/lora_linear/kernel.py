@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _env
 from ..triton_dropout import keeps
+from ..triton_launch import on_its_device
 from ..triton_tiles import Config, config_for, precision
 
 # rows of tiles that share their columns of W in the L2 cache
@@ -102,6 +103,7 @@ def _depth(config: Config, rank: int) -> int:
     return max(16, min(config.block_k, triton.next_power_of_2(rank)))
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, bt: Tensor) -> Tensor:
     """Returns x Wᵀ + bias + u bt, (T, N) in x's dtype, rounded once.
 
@@ -125,6 +127,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, bt: Tenso
     return y
 
 
+@on_its_device
 def dropout_rows_(t: Tensor, seed: Tensor, first_row: int, threshold: int) -> None:
     """Zeroes entries of a contiguous (rows, cols) matrix in place; threshold as `dropout.threshold`."""
     rows, cols = t.shape

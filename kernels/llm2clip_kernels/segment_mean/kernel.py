@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..l2_normalize import kernel as l2
+from ..triton_launch import on_its_device
 
 _BLOCK_T = 32
 _BLOCK_H = 128
@@ -81,6 +82,7 @@ def segment_mean_bwd_kernel(
         )
 
 
+@on_its_device
 def forward(
     hidden: Tensor, start: Tensor, stop: Tensor, cu_seqlens: Tensor, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +98,7 @@ def forward(
     return l2.forward(mean, torch.float32, eps)
 
 
+@on_its_device
 def backward(
     g: Tensor,
     unit: Tensor,

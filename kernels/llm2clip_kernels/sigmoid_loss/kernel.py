@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stripes import add_stripe_gradients, gradient_unit
+from ..triton_launch import on_its_device
 from ..triton_tiles import group_codes, operands, precision, product_tile
 from ..tuning import Config, config_for, tuned
 from .chunked import gradient_lift
@@ -118,6 +119,7 @@ def sigmoid_loss_kernel_stripe(
             tl.store(p_stripe, (g * LIFT).to(stripe_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def compute(
     x: Tensor,
     y: Tensor,

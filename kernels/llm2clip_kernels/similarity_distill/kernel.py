@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stripes import add_stripe_gradients, gradient_unit
+from ..triton_launch import on_its_device
 from ..triton_tiles import Config, config_for, finite, operands, precision, product_tile, static_shift
 
 # log of the smallest sum, relative to the shift, whose flushed terms cannot matter: log 1e-26
@@ -400,6 +401,7 @@ def _of_online_slabs(slabs: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Ten
     )
 
 
+@on_its_device
 def forward(
     x: Tensor,
     y: Tensor,
@@ -469,6 +471,7 @@ def _factors(
     return factor, gradient, lse, trusted
 
 
+@on_its_device
 def backward(
     g_row: Tensor,
     g_col: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import native
 from ..checks import positive_logits
 from ..stripes import add_stripe_gradients, gradient_unit
+from ..triton_launch import on_its_device
 from ..triton_tiles import group_codes, operands, precision, static_shift
 from ..tuning import Config, config_for, tuned
 from .kernel import (
@@ -61,6 +62,7 @@ def _merge_online(largest: Tensor, slabs: Tensor) -> Tensor:
     return torch.where(slabs == 0, slabs, slabs * (below - top).exp()).sum(0).log() + top
 
 
+@on_its_device
 def forward(
     x: Tensor,
     y: Tensor,
@@ -117,6 +119,7 @@ def forward(
     return row_lse, col_lse, cache
 
 
+@on_its_device
 def backward(
     g_row: Tensor,
     g_col: Tensor,

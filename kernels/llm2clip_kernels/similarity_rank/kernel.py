@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import on_its_device
 from ..triton_tiles import Config, config_for, operands, precision, product_tile
 from .chunked import norms, quick_error, quick_thresholds, rounding
 
@@ -221,6 +222,7 @@ def similarity_rank_kernel_decide(
             tl.atomic_add(col_ptr + N + j, one, mask=of_col & same, sem="relaxed")
 
 
+@on_its_device
 def count(
     x: Tensor, y: Tensor, row_best: Tensor, col_best: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
