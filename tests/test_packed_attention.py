@@ -213,6 +213,15 @@ def test_cu_seqlens_may_be_int32_and_a_bound_above_the_longest_is_fine() -> None
     assert torch.equal(packed_attention(*leaves, edges(lengths).int(), 100, causal=False), want)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_wider_than_any_number_is_none(causal: bool) -> None:
+    lengths = [70, 3]
+    leaves = inputs(lengths, dtype=torch.float32)
+    want = packed_attention(*leaves, edges(lengths), 70, causal=causal)
+    got = packed_attention(*leaves, edges(lengths), 70, causal=causal, window=sys.maxsize)
+    assert torch.equal(got, want)
+
+
 def test_dense_batches_cover_every_token_once_and_stay_small() -> None:
     torch.manual_seed(3)
     lengths = torch.randint(0, 400, (60,)).tolist()
@@ -301,6 +310,27 @@ def test_an_installed_but_unusable_xformers_says_why(monkeypatch: pytest.MonkeyP
     try:
         with pytest.raises(RuntimeError, match="xformers cannot serve: NotImplementedError: No operator"):
             packed_attention(q, q, q, torch.tensor([0, 3]), 3, causal=True, backend="xformers")
+    finally:
+        for function in (library._xformers, library._xformers_runs):
+            function.cache_clear()
+
+
+def test_xformers_that_was_asked_for_without_gradients_is_not_refused_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ops = types.ModuleType("xformers.ops")
+    mask = types.SimpleNamespace(from_seqlens=lambda lengths: lengths)
+    ops.fmha = types.SimpleNamespace(  # type: ignore[attr-defined]
+        attn_bias=types.SimpleNamespace(BlockDiagonalMask=mask)
+    )
+    ops.memory_efficient_attention = lambda q, k, v, attn_bias: q + k + v  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    for function in (library._xformers, library._xformers_runs):
+        function.cache_clear()
+    try:
+        with torch.inference_mode():
+            assert library.xformers_refusal(torch.zeros(3, 1, 8), True, None, None) == ""
     finally:
         for function in (library._xformers, library._xformers_runs):
             function.cache_clear()

@@ -87,7 +87,8 @@ def _xformers_runs(device: torch.device, dtype: torch.dtype, width: int) -> str:
     if ops is None:
         return reason
     try:
-        with torch.enable_grad():
+        # asked for under inference_mode, whose tensors have no gradient, it would be refused for good
+        with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(1, 8, 1, width, device=device, dtype=dtype, requires_grad=True)
             mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens([3, 5])
             ops.memory_efficient_attention(probe, probe, probe, attn_bias=mask).sum().backward()

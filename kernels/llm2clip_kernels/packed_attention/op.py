@@ -26,6 +26,7 @@ from .plan import check_edges, make_plan
 Backend = Literal["auto", "varlen", "xformers", "buckets"]
 
 _logger = logging.getLogger("llm2clip_kernels")
+_WIDEST = 2**31 - 1
 
 
 def _edges(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[int, ...]:
@@ -288,9 +289,9 @@ def packed_attention(
         check_edges(tuple(edges), q.shape[0], max_seqlen)
         lengths = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
         return library.xformers(q, k, v, lengths, causal, window, factor)
-    result: Tensor = _forward(
-        q, k, v, cu_seqlens, max_seqlen, causal, -1 if window is None else window, factor, softcap or 0.0
-    )
+    # wider than any sequence is no window at all; a bound that the C++ may add to a position
+    reach = -1 if window is None else min(window, _WIDEST)
+    result: Tensor = _forward(q, k, v, cu_seqlens, max_seqlen, causal, reach, factor, softcap or 0.0)
     return result
 
 
