@@ -75,7 +75,9 @@ def changed_settings(out: Path, settings: Any) -> list[str]:
     """`name: before -> now` of the settings that change what is learned and differ from the run's own."""
     if not (out / CONFIG).exists():
         return []
-    before, now = _flat(read_yaml(out / CONFIG)), _flat(to_tree(settings))
+    # a setting that a run of an earlier version does not name had its default
+    before = _flat(to_tree(type(settings)())) | _flat(read_yaml(out / CONFIG))
+    now = _flat(to_tree(settings))
     return [
         f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in {**before, **now}
