@@ -284,6 +284,17 @@ def test_few_rows_are_left_to_peft(calls: list[str], monkeypatch: pytest.MonkeyP
     assert len(calls) == 2
 
 
+def test_layers_whose_forward_is_replaced_are_not_counted_as_fused(calls: list[str]) -> None:
+    model = block()
+    want = results(model, IDS)
+    layer = model.base_model.model.up
+    layer.forward = layer.forward  # as accelerate does, around a call of the old one
+    handle = fuse_lora(model)
+    assert handle.fused == 1 and handle.skipped == {"its forward is replaced (accelerate's hooks)": 1}
+    assert_same(results(model, IDS), want)
+    assert calls == ["lora_linear"], "down"
+
+
 def test_says_a_reason_once(caplog: pytest.LogCaptureFixture) -> None:
     model = block()
     fuse_lora(model)

@@ -154,6 +154,9 @@ def _why_skipped(layer: Any) -> str:
         return "fused already"
     if type(layer) not in _FUSED:
         return f"{type(layer).__name__} layer"
+    if "forward" in layer.__dict__:
+        # it has bound peft's forward, and would call that one whatever the class
+        return "its forward is replaced (accelerate's hooks)"
     if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):
         return f"{type(next(iter(layer.lora_variant.values()))).__name__} layer"
     return ""
