@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DTYPES, MARKS
+from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import adapter_block, l2_normalize, segment_mean

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from on_gpu import DTYPES, MARKS
+from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from on_gpu import DTYPES, MARKS
+from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import lora_add, lora_linear

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import MARKS
+from tests.on_gpu import MARKS
 from torch import Tensor
 
 from llm2clip_kernels import packed_attention

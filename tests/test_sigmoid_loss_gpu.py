@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from on_gpu import DTYPES, MARKS, SHAPES, features
+from tests.on_gpu import DTYPES, MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import sigmoid_loss

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import DTYPES, MARKS, features
+from tests.on_gpu import DTYPES, MARKS, features
 from torch import Tensor
 
 from llm2clip_kernels import distill_loss, similarity_distill

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from on_gpu import MARKS, SHAPES, features
+from tests.on_gpu import MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import similarity_rank, similarity_rank_counts, similarity_topk
