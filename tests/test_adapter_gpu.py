@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import adapter_block, l2_normalize, segment_mean
@@ -19,6 +18,7 @@ from llm2clip_kernels.adapter import (
 from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.l2_normalize import l2_normalize_reference
 from llm2clip_kernels.segment_mean import segment_mean_reference
+from tests.on_gpu import DTYPES, MARKS
 
 pytestmark = MARKS
 

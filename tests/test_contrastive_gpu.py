@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
+
+from tests.on_gpu import DTYPES, MARKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dense_infonce import dense_infonce  # noqa: E402

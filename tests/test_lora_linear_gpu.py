@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.on_gpu import DTYPES, MARKS
 from torch import Tensor
 
 from llm2clip_kernels import lora_add, lora_linear
 from llm2clip_kernels.dropout import keep_mask
 from llm2clip_kernels.lora_linear import lora_linear_reference, op
 from llm2clip_kernels.lora_linear.dropout import dropout_rows_
+from tests.on_gpu import DTYPES, MARKS
 
 pytestmark = MARKS
 

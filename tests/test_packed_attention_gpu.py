@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.on_gpu import MARKS
 from torch import Tensor
 
 from llm2clip_kernels import packed_attention
 from llm2clip_kernels.packed_attention import library, packed_attention_reference
+from tests.on_gpu import MARKS
 
 pytestmark = MARKS
 

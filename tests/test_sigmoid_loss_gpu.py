@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.on_gpu import DTYPES, MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import sigmoid_loss
 from llm2clip_kernels.sigmoid_loss import sigmoid_loss_reference, sigmoid_terms
+from tests.on_gpu import DTYPES, MARKS, SHAPES, features
 
 pytestmark = MARKS
 

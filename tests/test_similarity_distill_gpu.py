@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.on_gpu import DTYPES, MARKS, features
 from torch import Tensor
 
 from llm2clip_kernels import distill_loss, similarity_distill
 from llm2clip_kernels.similarity_distill import similarity_distill_reference
+from tests.on_gpu import DTYPES, MARKS, features
 
 pytestmark = MARKS
 

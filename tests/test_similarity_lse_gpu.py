@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.on_gpu import DTYPES, MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import infonce_loss, similarity_lse
 from llm2clip_kernels.similarity_lse import similarity_lse_reference
+from tests.on_gpu import DTYPES, MARKS, SHAPES, features
 
 pytestmark = MARKS
 

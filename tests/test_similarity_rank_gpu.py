@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.on_gpu import MARKS, SHAPES, features
 from torch import Tensor
 
 from llm2clip_kernels import similarity_rank, similarity_rank_counts, similarity_topk
 from llm2clip_kernels.similarity_rank import similarity_rank_reference
 from llm2clip_kernels.similarity_topk import similarity_topk_reference
+from tests.on_gpu import MARKS, SHAPES, features
 
 pytestmark = MARKS
 
