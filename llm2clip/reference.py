@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 HEAD = """# Settings
 
-Generated from `llm2clip/settings.py` by `make docs`. Each command takes a YAML file (`--config`) and
+Generated from `llm2clip/settings/` by `make docs`. Each command takes a YAML file (`--config`) and
 `name=value` overrides, which win; `--print-config` shows the result. Unknown names and wrong types are refused.
 Both of these set the same value:
 
@@ -61,7 +61,7 @@ def main() -> int:
         return 0
     if PAGE.exists() and PAGE.read_text(encoding="utf-8") == render():
         return 0
-    print(f"{PAGE.name} differs from llm2clip/settings.py; run: make docs", file=sys.stderr)
+    print(f"{PAGE.name} differs from llm2clip/settings/; run: make docs", file=sys.stderr)
     return 1
 
 

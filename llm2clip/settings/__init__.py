@@ -1,0 +1,45 @@
+"""Every setting of every command, as typed frozen dataclasses.
+
+`llm2clip.config` fills them from YAML and dotted overrides and refuses unknown names and wrong types;
+docs/config.md is generated from the help texts here.
+"""
+
+from llm2clip.settings.base import at_least, setting
+from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.data import CaptionSettings, DataSettings
+from llm2clip.settings.evaluate import EvaluateSettings
+from llm2clip.settings.llm import (
+    CaptionLossSettings,
+    EmbedSettings,
+    FinetuneLLMSettings,
+    Layout,
+    LLMSettings,
+    LoraSettings,
+    Pooling,
+    Precision,
+    StoreDtype,
+)
+from llm2clip.settings.run import OptimSettings, RunSettings
+
+__all__ = [
+    "CaptionLossSettings",
+    "CaptionSettings",
+    "ClipLossSettings",
+    "DataSettings",
+    "EmbedSettings",
+    "EvaluateSettings",
+    "FinetuneLLMSettings",
+    "LLMSettings",
+    "Layout",
+    "LoraSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "Pooling",
+    "Precision",
+    "RunSettings",
+    "StoreDtype",
+    "TrainSettings",
+    "VisionSettings",
+    "at_least",
+    "setting",
+]
