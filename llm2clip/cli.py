@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llm2clip.errors import UserError
@@ -18,8 +18,11 @@ TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 for an error the user can act on."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    parser, names = build_parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(given[:2]) in names:  # `evaluate zero-shot` is a command of its own beside `evaluate`
+        given[:2] = [" ".join(given[:2])]
+    args, rest = parser.parse_known_args(given)
     # argparse takes settings in one row only; those after an option are left over
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every sub-command."""
+def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser with every command, and the names of the commands."""
     parser = argparse.ArgumentParser(
         prog="llm2clip", description="LLM2CLIP: a fine-tuned decoder LLM teaches CLIP's visual encoder."
     )
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, what was built, which backend each op uses")
     env.add_argument("--json", action="store_true", help="print JSON")
     env.set_defaults(handler=_env)
-    return parser
+    return parser, commands.choices.keys()
 
 
 def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> None:
