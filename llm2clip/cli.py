@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | env`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     from llm2clip.data.cli import add_data_parser
 
     add_data_parser(commands)
+
+    from llm2clip.store_cli import add_store_parser
+
+    add_store_parser(commands)
 
     env = commands.add_parser("env", help="versions, what was built, which backend each op uses")
     env.add_argument("--json", action="store_true", help="print JSON")

@@ -12,7 +12,7 @@ from llm2clip.settings.run import OptimSettings, RunSettings
 Precision = Literal["fp32", "bf16"]
 Pooling = Literal["mean", "weighted_mean", "eos"]
 Layout = Literal["auto", "packed", "padded"]
-StoreDtype = Literal["fp32", "bf16", "fp16", "int8"]
+StoreDtype = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class EmbedSettings:
     data: DataSettings = setting(factory=DataSettings, help="captions of `train` and `val` are embedded")
     llm: LLMSettings = setting(factory=LLMSettings, help="caption encoder")
     out: str = setting("", "directory of the embedding store")
-    dtype: StoreDtype = setting("fp16", "stored precision; int8 has one scale per row")
+    dtype: StoreDtype = setting("fp16", "stored precision; int8 and fp8 (e4m3) have one scale per row")
     shard_rows: int = setting(65536, "embeddings per shard file")
     commit_rows: int = setting(
         2048, "embeddings between two commits; at most so many are computed again after a kill"
