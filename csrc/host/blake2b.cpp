@@ -25,9 +25,12 @@ constexpr unsigned char kOrder[12][16] = {
 
 inline std::uint64_t turned(std::uint64_t word, int bits) { return word >> bits | word << (64 - bits); }
 
-std::uint64_t little_endian(const unsigned char* bytes) {
-  std::uint64_t word = 0;
-  for (int i = 7; i >= 0; --i) word = word << 8 | bytes[i];
+inline std::uint64_t little_endian(const unsigned char* bytes) {
+  std::uint64_t word;
+  std::memcpy(&word, bytes, sizeof(word));
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  word = __builtin_bswap64(word);
+#endif
   return word;
 }
 
@@ -51,10 +54,13 @@ void compress(std::uint64_t* state, const unsigned char* block, std::uint64_t co
   }
   v[12] ^= counted;
   if (last) v[14] = ~v[14];
+#pragma GCC unroll 12
   for (const auto& order : kOrder) {
+#pragma GCC unroll 4
     for (int column = 0; column < 4; ++column) {
       mix(v, column, column + 4, column + 8, column + 12, words[order[2 * column]], words[order[2 * column + 1]]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       mix(v, i, (i + 1) % 4 + 4, (i + 2) % 4 + 8, (i + 3) % 4 + 12, words[order[8 + 2 * i]], words[order[9 + 2 * i]]);
     }

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import open_source
-from llm2clip.data.store_lookup import AddressTable, Digests, digest_array
+from llm2clip.data.store_lookup import AddressTable, Digests, different, digest_array
 from llm2clip.errors import BadSampleError, ConfigError, DataError
 from llm2clip.progress import Progress
 from llm2clip.settings import CaptionSettings, DataSettings
@@ -129,22 +129,14 @@ def take_census(
         digests = digest_array(texts)
         gathered.append(digests[digests[:, 1] % np.uint64(size) == rank])
         if sum(map(len, gathered)) > max(_SORT_FROM, len(unique)):
-            unique, gathered = _different([unique, *gathered]), []
+            unique, gathered = different([unique, *gathered]), []
     if not count:
         wanted = ", ".join(caption_fields(captions, translations=True)) or "none"
         raise DataError(
             f"the data holds no caption under the fields asked for ({wanted}); set data.captions.short and "
             "data.captions.long to fields of your data (`llm2clip data check` lists them)"
         )
-    return Census(count, stream.bad, _different([unique, *gathered]))
-
-
-def _different(digests: Sequence[Digests]) -> Digests:
-    joined = np.concatenate(digests)
-    joined = joined[np.lexsort((joined[:, 1], joined[:, 0]))]
-    new = np.ones(len(joined), bool)
-    new[1:] = (joined[1:] != joined[:-1]).any(axis=1)
-    return joined[new]
+    return Census(count, stream.bad, different([unique, *gathered]))
 
 
 class Wanted:

@@ -16,7 +16,7 @@ from llm2clip.data.store_format import (
     StoreIndex,
     wrong_blocks,
 )
-from llm2clip.data.store_lookup import AddressTable, as_digests
+from llm2clip.data.store_lookup import AddressTable, as_digests, different
 from llm2clip.data.store_rows import check_tensors
 from llm2clip.data.tensorfile import map_tensors, tensor_layout
 from llm2clip.errors import StoreError
@@ -107,7 +107,6 @@ def verify_store(path: str | os.PathLike[str], *, checksums: bool = True) -> Sto
             digests.append(as_digests(map_tensors(root / entry.file)["digests"]))
     if index.lookup is not None and (problem := _check_lookup(root, index.lookup, checksums)):
         damaged[index.lookup.file] = problem
-    known = np.concatenate(digests) if digests else np.empty((0, 2), np.uint64)
     return StoreReport(
         path=root,
         rows=index.rows,
@@ -116,7 +115,7 @@ def verify_store(path: str | os.PathLike[str], *, checksums: bool = True) -> Sto
         complete=index.complete,
         damaged=damaged,
         stray=[file.name for file in stray_files(root, index)],
-        duplicates=len(known) - len(np.unique(np.ascontiguousarray(known).view("V16"))),
+        duplicates=sum(map(len, digests)) - len(different(digests)),
         checksums=checksums,
     )
 

@@ -62,6 +62,15 @@ def as_digests(raw: npt.NDArray[np.uint8]) -> Digests:
     return np.ascontiguousarray(raw).reshape(-1).view("<u8").reshape(-1, 2)
 
 
+def different(digests: Sequence[Digests]) -> Digests:
+    """The addresses of several arrays (n_i, 2), each once and in order."""
+    joined = np.concatenate(digests) if digests else np.empty((0, 2), np.uint64)
+    joined = joined[np.lexsort((joined[:, 1], joined[:, 0]))]
+    new = np.ones(len(joined), bool)
+    new[1:] = (joined[1:] != joined[:-1]).any(axis=1)
+    return joined[new]
+
+
 @dataclass(frozen=True, slots=True)
 class AddressTable:
     """Rows of addresses, sorted by the address's first half.
@@ -159,11 +168,12 @@ class DigestIndex:
 
     Args:
         base: table of the captions that were there before; it is never copied.
+        own: table of further ones, which is merged with those to come.
     """
 
-    def __init__(self, base: AddressTable | None = None) -> None:
+    def __init__(self, base: AddressTable | None = None, own: AddressTable | None = None) -> None:
         self._base = base
-        self._own: AddressTable | None = None
+        self._own = own
         self._recent: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -198,8 +208,9 @@ class DigestIndex:
 
     def find(self, digests: Digests) -> npt.NDArray[np.int64]:
         """Row of each address (n,), -1 where it is not stored."""
-        rows = np.full(len(digests), -1, np.int64)
-        for table in self._tables():
+        tables = self._tables()
+        rows = tables[0].find(digests) if tables else np.full(len(digests), -1, np.int64)
+        for table in tables[1:]:
             unknown = np.flatnonzero(rows < 0)
             rows[unknown] = table.find(np.ascontiguousarray(digests[unknown]))
         if self._recent:
@@ -234,7 +245,6 @@ def open_lookup(root: Path, index: StoreIndex) -> DigestIndex:
         entry = index.lookup
         base = AddressTable.load(root / entry.file, rows=entry.rows, expected_bytes=entry.bytes)
     known = 0 if base is None else len(base)
-    lookup = DigestIndex(base)
     late = [
         as_digests(
             map_tensors(root / entry.file, expected_bytes=entry.bytes)["digests"][max(0, known - start) :]
@@ -242,6 +252,5 @@ def open_lookup(root: Path, index: StoreIndex) -> DigestIndex:
         for entry, start in zip(index.shards, index.starts().tolist(), strict=False)
         if start + entry.rows > known
     ]
-    if late:
-        lookup.extend(np.concatenate(late), known)
-    return lookup
+    own = AddressTable.build(np.concatenate(late), np.arange(known, index.rows)) if late else None
+    return DigestIndex(base, own)
