@@ -113,14 +113,15 @@ def pool_packed(hidden: Tensor, batch: PackedBatch, kind: str) -> Tensor:
     Args:
         hidden: (T, dim) any float dtype.
         batch: the pack.
-        kind: `mean`, `weighted_mean` (weights 1, 2, ..., n) or `eos` (the last token).
+        kind: `mean`, `weighted_mean` (weights 1, 2, ..., n), `eos` or `last` (the last token), or `bos` (the first).
     """
     ends = batch.cu_seqlens[1:].long()
     out = hidden.new_zeros(len(batch), hidden.shape[1], dtype=torch.float32)
-    if kind == "eos":
-        filled = (ends > batch.cu_seqlens[:-1])[:, None]
-        last = hidden[(ends - 1).clamp(min=0)] if len(hidden) else out
-        return torch.where(filled, last.float(), out)
+    if kind in ("eos", "last", "bos"):
+        starts = batch.cu_seqlens[:-1].long()
+        place = starts if kind == "bos" else ends - 1
+        found = hidden[place.clamp(0, len(hidden) - 1)] if len(hidden) else out
+        return torch.where((ends > starts)[:, None], found.float(), out)
     if batch.empty:
         whole = ends > batch.pool_starts
         return (

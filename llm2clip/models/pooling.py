@@ -12,15 +12,19 @@ def pool(hidden: Tensor, pool_mask: Tensor, kind: Pooling) -> Tensor:
     """Pool the token states that `pool_mask` marks.
 
     Args:
-        hidden: (B, L, dim), any float dtype; positions outside the mask may hold anything, NaN included.
+        hidden: (B, L, dim), any float dtype; positions outside the mask may hold anything, NaN included, but for
+            the first ones under `bos`.
         pool_mask: (B, L) boolean, at least one True in every row.
         kind: `mean`; `weighted_mean` (weights 1, 2, ..., n over the n marked tokens, so that under causal
-            attention tokens that have seen more count more); `eos` (the last marked token).
+            attention tokens that have seen more count more); `eos` and `last` (the last marked token); `bos` (the
+            first token of the row, marked or not).
 
     Returns:
         (B, dim) fp32, not normalised.
     """
-    if kind == "eos":
+    if kind == "bos":
+        return hidden[:, 0].float()
+    if kind in ("eos", "last"):
         length = pool_mask.shape[1]
         last = length - 1 - pool_mask.to(torch.int32).flip(1).argmax(dim=1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
