@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data.order import EpochOrder, batch_indices
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import EpochOrder, SourceBatches, batch_indices
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.errors import BadSampleError, DataError
@@ -89,6 +90,7 @@ class Loader:
         shuffle: False keeps the source's order.
         shuffle_window: shards per shuffling window.
         text_only: read captions without images.
+        one_source: every batch comes from one source of a mixture (`order.SourceBatches`).
 
     Raises:
         DataError: the source is smaller than one batch, or an argument is out of range.
@@ -111,6 +113,7 @@ class Loader:
         shuffle: bool = True,
         shuffle_window: int = 16,
         text_only: bool = False,
+        one_source: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank must be in [0, {world_size}), got {rank}")
@@ -127,7 +130,11 @@ class Loader:
             raise DataError(
                 f"workers must be >= 0 and max_bad_share in [0, 1], got {workers} and {max_bad_share}"
             )
-        self.order = EpochOrder(source, seed, shuffle, shuffle_window)
+        self.order = (
+            SourceBatches(source, batch_size, seed, shuffle, shuffle_window)
+            if one_source and isinstance(source, Mixture)
+            else EpochOrder(source, seed, shuffle, shuffle_window)
+        )
         self.steps_per_epoch = len(self.order) // batch_size
         self.bad = BadSamples()
         self._source, self._batch_size, self._workers = source, batch_size, workers
