@@ -1,4 +1,4 @@
-"""The stream of batches that both tasks train on: this rank's share, from an exact position on."""
+"""The stream of batches that all tasks train on: this rank's share, from an exact position on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm2clip.data.loader import Loader, Position, Transform
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import SourceBatches
 from llm2clip.data.sources import Source
 from llm2clip.settings import DataSettings, RunSettings
 from llm2clip.training.world import World
@@ -18,6 +20,8 @@ def rank_batches(
     run: RunSettings,
     world: World,
     start: tuple[int, int],
+    *,
+    one_source: bool = False,
 ) -> Iterator[tuple[Position, list[Any]]]:
     """Endless `(position after the batch, transformed samples of this rank)`.
 
@@ -28,6 +32,7 @@ def rank_batches(
         run: global batch size and seed.
         world: this rank.
         start: (epoch, batch) to go on from.
+        one_source: every batch comes from one source of a mixture.
 
     Raises:
         DataError: the source is smaller than one batch, or too many samples cannot be used.
@@ -43,5 +48,13 @@ def rank_batches(
         start=start,
         max_bad_share=data.max_bad_share,
         shuffle_window=data.shuffle_shards,
+        one_source=one_source,
     )
     return iter(loader)
+
+
+def epoch_samples(source: Source, run: RunSettings, *, one_source: bool = False) -> int:
+    """Samples of one epoch of `rank_batches`, over all ranks."""
+    if one_source and isinstance(source, Mixture):
+        return len(SourceBatches(source, run.batch_size))
+    return len(source)
