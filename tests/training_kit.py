@@ -29,7 +29,7 @@ from tests.tiny_models import save_tiny
 ALONE = World(0, 1, torch.device("cpu"))
 OPTIM = OptimSettings(lr=1e-2, warmup_steps=2)
 # time measured by a run, which no two runs share
-TIMES = {"samples_per_second", "data_wait"}
+TIMES = {"samples_per_second", "data_wait", "tflops", "peak_memory_mib"}
 
 
 class Interrupted(Exception):
@@ -263,7 +263,14 @@ class Kit:
 
     @staticmethod
     def _run(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-        common = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "device": "cpu"}
+        common = {
+            "steps": 6,
+            "batch_size": 8,
+            "log_every": 1,
+            "save_every": 2,
+            "device": "cpu",
+            "peak_tflops": 0,
+        }
         return {"out": str(out), **common, **run}
 
 
