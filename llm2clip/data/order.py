@@ -103,8 +103,8 @@ class SourceBatches(EpochOrder):
         for part, count, wanted in zip(source.sources, whole, source.weights or whole, strict=True):
             if count < 1 and (wanted > 0 or not source.weights):
                 raise DataError(
-                    f"{part.name} has {len(part)} samples, fewer than one batch of {batch_size}, and a batch comes from "
-                    "one source; lower the batch size, drop the source, or set pairs.one_source=false"
+                    f"{part.name} has {len(part)} samples, fewer than one batch of {batch_size}, and a batch comes "
+                    "from one source; lower the batch size, drop the source, or set pairs.one_source=false"
                 )
         self._mixture, self._batch_size, self._batches = source, batch_size, batches
 

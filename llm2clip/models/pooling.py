@@ -20,18 +20,19 @@ def pool(hidden: Tensor, pool_mask: Tensor, kind: Pooling) -> Tensor:
             first token of the row, marked or not).
 
     Returns:
-        (B, dim) fp32, not normalised.
+        (B, dim) fp32 (fp64 for fp64), not normalised.
     """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if kind == "bos":
-        return hidden[:, 0].float()
+        return hidden[:, 0]
     if kind in ("eos", "last"):
         length = pool_mask.shape[1]
         last = length - 1 - pool_mask.to(torch.int32).flip(1).argmax(dim=1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last].float()
-    weights = pool_mask.float()
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    weights = pool_mask.to(hidden.dtype)
     if kind == "weighted_mean":
         weights = weights.cumsum(dim=1) * weights
     weights = weights / weights.sum(dim=1, keepdim=True)
     # zeroed first: 0 * NaN would be NaN
-    states = hidden.float().masked_fill(~pool_mask[..., None], 0.0)
+    states = hidden.masked_fill(~pool_mask[..., None], 0.0)
     return torch.einsum("bl,bld->bd", weights, states)

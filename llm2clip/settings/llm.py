@@ -190,9 +190,6 @@ class FinetuneLLMSettings:
         False,
         "keep only each layer's input for the backward pass: less memory, one more forward of each layer",
     )
-    shard: bool = setting(
-        False, "split the frozen weights over the ranks of torchrun (FSDP2); the adapters stay whole on each"
-    )
     optim: OptimSettings = setting(factory=OptimSettings, help="optimizer")
     run: RunSettings = setting(factory=RunSettings, help="run")
 
@@ -200,10 +197,10 @@ class FinetuneLLMSettings:
         at_least("finetune-llm", self, 0, "token_budget")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ConfigError(f"attention_dropout: expected a share in [0, 1), got {self.attention_dropout}")
-        if self.shard and self.llm.quantization != "none":
+        if self.run.parallel == "fsdp" and self.llm.quantization != "none":
             raise ConfigError(
-                "shard: quantised weights cannot be split over ranks; set llm.quantization=none, or shard=false and "
-                "each rank holds the whole quantised model"
+                "run.parallel=fsdp: quantised weights cannot be split over ranks; set llm.quantization=none, or "
+                "run.parallel=ddp, where each rank holds the whole quantised model"
             )
 
 

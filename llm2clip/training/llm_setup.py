@@ -28,12 +28,12 @@ def trained_encoder(settings: FinetuneLLMSettings, world: World) -> CaptionEncod
         ModelError: the model cannot be used as asked.
         ConfigError: settings that exclude each other.
     """
-    llm = settings.llm
+    llm, sharded = settings.llm, is_sharded(settings, world)
     if settings.attention_dropout:
         if llm.layout == "packed":
             raise ConfigError("attention_dropout: packed attention has none; use llm.layout=auto or padded")
         llm = replace(llm, layout="padded")
-    encoder = CaptionEncoder.from_settings(llm, "cpu" if settings.shard else world.device)
+    encoder = CaptionEncoder.from_settings(llm, "cpu" if sharded else world.device)
     if settings.attention_dropout:
         _set_attention_dropout(base_model(encoder.model), settings.attention_dropout)
     torch.manual_seed(settings.run.seed)  # the adapters' initial values
@@ -42,12 +42,17 @@ def trained_encoder(settings: FinetuneLLMSettings, world: World) -> CaptionEncod
     if settings.gradient_checkpointing:
         # the other form of checkpointing wants an input with a gradient, which token ids have not
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.shard:
+    if sharded:
         _require_shardable(encoder)
         if world.is_main:
             encoder.base_record()  # hashes the weights while they are whole
         shard_frozen(base_model(model), world)
     return encoder
+
+
+def is_sharded(settings: FinetuneLLMSettings, world: World) -> bool:
+    """Whether the frozen weights are split over the ranks."""
+    return settings.run.parallel == "fsdp" and world.size > 1
 
 
 def _set_attention_dropout(model: nn.Module, share: float) -> None:
@@ -64,12 +69,12 @@ def _require_shardable(encoder: CaptionEncoder) -> None:
     """Each chunk must be one forward of the LLM on every rank, whatever the lengths of its captions."""
     if encoder.layout != "packed":
         raise ConfigError(
-            "shard: ranks must make equally many forward passes, which only packed captions do; this model or "
-            "llm.layout pads them (docs/packing.md). Set shard=false."
+            "run.parallel=fsdp: ranks must make equally many forward passes, which only packed captions do; this "
+            "model or llm.layout pads them (docs/packing.md). Set run.parallel=ddp."
         )
     limit = own_pack_above(base_model(encoder.model))
     if limit is not None and encoder.max_length > limit:
         raise ConfigError(
-            f"shard: captions beyond {limit} tokens need a pack of their own in this model; set llm.max_length to at "
-            f"most that, it is {encoder.max_length}"
+            f"run.parallel=fsdp: captions beyond {limit} tokens need a pack of their own in this model; set "
+            f"llm.max_length to at most that, it is {encoder.max_length}"
         )

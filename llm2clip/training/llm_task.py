@@ -24,7 +24,7 @@ from llm2clip.models.tokens import Tokens
 from llm2clip.settings import CaptionLossSettings, FinetuneLLMSettings
 from llm2clip.training.batches import epoch_samples, rank_batches
 from llm2clip.training.false_negatives import negative_keys, pair_keys
-from llm2clip.training.llm_setup import trained_encoder
+from llm2clip.training.llm_setup import is_sharded, trained_encoder
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.pair_loss import PairLoss, prefix_dims
 from llm2clip.training.pairs import TextPair, pair_source, to_pair
@@ -144,7 +144,7 @@ class LLMTask:
             raise ConfigError("data.train: expected at least one source of caption pairs")
         self.settings = settings
         self._world = world
-        self.sharded = settings.shard and world.size > 1
+        self.sharded = is_sharded(settings, world)
         self.token_budget = settings.token_budget
         source = open_source(settings.data.train, weights=settings.data.weights, limit=settings.data.limit)
         self._source = pair_source(source, settings, show=world.is_main)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from llm2clip.models.bidirectional import decoder_layers
 from llm2clip.training.world import World
@@ -26,17 +28,11 @@ def shard_frozen(model: nn.Module, world: World) -> None:
     Args:
         model: the decoder itself (inside peft), with adapters in its layers; on the CPU at best, so that no device
             ever holds the whole.
-        world: the ranks; one rank changes nothing but the device.
+        world: the ranks, at least two.
     """
     trained = {p for p in model.parameters() if p.requires_grad}
-    for parameter in trained:
+    for parameter in trained:  # which fully_shard leaves where they are
         parameter.data = parameter.data.to(world.device)
-    if world.size == 1:
-        model.to(world.device)
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(world.device.type, (world.size,))
     for _, layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, ignored_params=trained)
@@ -45,8 +41,6 @@ def shard_frozen(model: nn.Module, world: World) -> None:
 
 def average_gradients(optimizer: torch.optim.Optimizer, world: World) -> None:
     """Average the gradients of all trained parameters over the ranks, as DistributedDataParallel does."""
-    if world.size == 1:
-        return
     gradients: list[Any] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
