@@ -197,17 +197,23 @@ class CaptionEncoder(nn.Module):
             parameter.requires_grad_(".lora_" in name)
         lora.fuse(loaded, settings)
 
-    def tokenize(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[Tokens]:
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        windows: Sequence[float] | None = None,
+    ) -> list[Tokens]:
         """Tokenise captions and count those that are cut.
 
         Args:
             texts: the captions.
             prompts: the instruction of each, instead of the encoder's own `prompt`.
+            windows: what is kept of texts that are too long (`CaptionTokenizer`); None: their beginning.
 
         Raises:
             ValueError: an empty caption; the message names its index.
         """
-        tokens = self._captions(texts, prompts)
+        tokens = self._captions(texts, prompts, windows)
         self.truncated += sum(t.truncated for t in tokens)
         return tokens
 

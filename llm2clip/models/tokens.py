@@ -114,12 +114,19 @@ class CaptionTokenizer:
         longest = max(map(len, self.tokenizer.get_vocab()))
         return int((self._max_length + 1) * longest)
 
-    def __call__(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> list[Tokens]:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        windows: Sequence[float] | None = None,
+    ) -> list[Tokens]:
         """Tokenise captions.
 
         Args:
             texts: the captions.
             prompts: the instruction of each; None: the tokenizer's `prompt` for all.
+            windows: where the window of each text that is too long begins, as a share in [0, 1) of what does not
+                fit; None: at its start.
 
         Raises:
             TypeError: an entry is not a string.
@@ -131,7 +138,7 @@ class CaptionTokenizer:
                 raise TypeError(f"caption {index} must be a string, got {type(text).__name__}")
             if not text.strip():
                 raise ValueError(f"caption {index} is empty; drop empty captions before encoding")
-        limit = self.max_chars
+        limit = self.max_chars if windows is None else max(map(len, texts), default=0)
         result = []
         encoded = self._plain([t[:limit] for t in texts])
         wanted = [self.prompt] * len(texts) if prompts is None else prompts
@@ -141,7 +148,8 @@ class CaptionTokenizer:
             head = self._head(prompt)
             room = self._max_length - len(head) - len(self._tail)
             cut = len(text) > limit or len(ids) > room
-            result.append(Tokens(head + ids[:room] + self._tail, len(head), cut))
+            start = int(windows[index] * (len(ids) - room + 1)) if windows is not None and cut else 0
+            result.append(Tokens(head + ids[start : start + room] + self._tail, len(head), cut))
         return result
 
     def _plain(self, texts: list[str]) -> list[list[int]]:

@@ -197,6 +197,10 @@ class FinetuneLLMSettings:
         at_least("finetune-llm", self, 0, "token_budget")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ConfigError(f"attention_dropout: expected a share in [0, 1), got {self.attention_dropout}")
+        if self.objective == "mntp" and not self.llm.bidirectional:
+            raise ConfigError(
+                "objective=mntp prepares an LLM for attention to both sides; set llm.bidirectional=true"
+            )
         if self.run.parallel == "fsdp" and self.llm.quantization != "none":
             raise ConfigError(
                 "run.parallel=fsdp: quantised weights cannot be split over ranks; set llm.quantization=none, or "

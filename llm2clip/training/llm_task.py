@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,5 +239,7 @@ class LLMTask:
     def export(self, path: Path) -> None:
         """Write the adapter as a plain peft directory."""
         dims = self.settings.loss.matryoshka
-        notes = {"matryoshka": list(prefix_dims(dims, self.encoder.dim))} if dims else None
+        notes: dict[str, Any] = {"objective": self.settings.objective}
+        if dims:
+            notes["matryoshka"] = list(prefix_dims(dims, self.encoder.dim))
         self.encoder.save_adapter(path, notes=notes)

@@ -83,6 +83,8 @@ class TrainState:
             passes=self._world.max(len(chunks)) if sharded and self._always_cache else 0,
             scaler=self._scaler,
         )
+        if self._task.additive:
+            loss = self._world.mean(loss)
         if self._task.sharded:
             sharding.average_gradients(self.optimizer, self._world)
         parallel.average_scalars(self.module, self._world)
