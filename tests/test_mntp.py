@@ -60,7 +60,7 @@ def settings_of(folder: Path, tmp_path: Path, **groups: Any) -> FinetuneLLMSetti
         "data": {"train": [str(tmp_path / "wiki.txt")], "val": [str(tmp_path / "held.txt")]},
         "llm": {"path": str(folder)} | groups.pop("llm", {}),
         "lora": {"rank": 4, "dropout": 0.1} | groups.pop("lora", {}),
-        "optim": {"lr": 1e-2, "warmup_steps": 1},
+        "optim": {"lr": 1e-2, "warmup_steps": 1} | groups.pop("optim", {}),
         "run": run | {"device": "cpu", "peak_tflops": 0} | groups.pop("run", {}),
         **groups,
     }

@@ -17,12 +17,13 @@ from llm2clip.errors import ConfigError, ModelError
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm_files import read_encoder_config
 from llm2clip.models.lora import base_model
-from llm2clip.settings import FinetuneLLMSettings, LoraSettings
+from llm2clip.settings import FinetuneLLMSettings
 from llm2clip.training import gradient_cache
 from llm2clip.training.llm_task import LLMTask, PairEmbedder, PairTokens
 from llm2clip.training.loop import train
 from llm2clip.training.run import finetune_llm
 from tests.test_training_tasks import interrupt
+from tests.tiny_models import save_tiny
 from tests.training_kit import ALONE, Interrupted, Kit, assert_same_run, curve, make_kit, records, write_set
 
 
@@ -308,20 +309,25 @@ def test_quantisation_without_bitsandbytes_says_what_to_install(
         stage(kit, tmp_path, {"llm": {"quantization": "8bit"}, "run": {"parallel": "fsdp"}})
 
 
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_quantised_weights_train_and_their_adapter_loads(kit: Kit, tmp_path: Path, kind: Any) -> None:
+def test_quantised_weights_train_and_their_adapter_loads(kit: Kit, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="quantised weights need bitsandbytes")
-    change = {"llm": {"quantization": kind, "dtype": "bf16"}}
-    result = finetune_llm(stage(kit, tmp_path, change, steps=3))
-    losses = [line["loss"] for line in curve(tmp_path) if "loss" in line]
-    assert all(0 < loss < 10 for loss in losses)
-    encoder = CaptionEncoder.from_pretrained(
-        kit.root / "llm", adapter=result, dtype="bf16", quantization=kind
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # whole blocks of 64
+    llm = save_tiny(tmp_path / "llm", **sizes)
+
+    def change(kind: str) -> dict[str, Any]:
+        return {"llm": {"quantization": kind, "dtype": "bf16", "path": str(llm)}}
+
+    with pytest.raises(ConfigError, match="no gradients for 4-bit weights on a CPU"):
+        LLMTask(stage(kit, tmp_path / "none", change("4bit")), ALONE)
+    result = finetune_llm(
+        stage(kit, tmp_path / "run", change("8bit"), steps=40, batch_size=20, lr=2e-2, dropout=0.0)
     )
-    assert {type(p).__module__.split(".")[0] for p in base_model(encoder.model).parameters()} >= {
-        "bitsandbytes"
-    }
-    plain = CaptionEncoder.from_pretrained(kit.root / "llm", adapter=result)
-    similarity = torch.cosine_similarity(encoder.encode(["a red stone"]), plain.encode(["a red stone"]))
-    assert similarity.item() > 0.9
-    encoder.add_lora(LoraSettings(rank=2))
+    losses = [line["loss"] for line in curve(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    plain = CaptionEncoder.from_pretrained(llm, adapter=result).encode(["a red stone"])
+    kinds: tuple[Any, ...] = ("8bit", "4bit")
+    for kind in kinds:
+        encoder = CaptionEncoder.from_pretrained(llm, adapter=result, dtype="bf16", quantization=kind)
+        modules = {type(p).__module__.split(".")[0] for p in base_model(encoder.model).parameters()}
+        assert "bitsandbytes" in modules
+        assert 0.8 < torch.cosine_similarity(encoder.encode(["a red stone"]), plain).item() < 0.99999

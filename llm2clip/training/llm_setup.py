@@ -33,6 +33,12 @@ def trained_encoder(settings: FinetuneLLMSettings, world: World) -> CaptionEncod
         if llm.layout == "packed":
             raise ConfigError("attention_dropout: packed attention has none; use llm.layout=auto or padded")
         llm = replace(llm, layout="padded")
+    if llm.quantization == "4bit" and world.device.type == "cpu":
+        # once it has run without gradients, bitsandbytes keeps a format for inference alone
+        raise ConfigError(
+            "llm.quantization=4bit: bitsandbytes has no gradients for 4-bit weights on a CPU; train with 8bit or none, "
+            "or on a GPU"
+        )
     encoder = CaptionEncoder.from_settings(llm, "cpu" if sharded else world.device)
     if settings.attention_dropout:
         _set_attention_dropout(base_model(encoder.model), settings.attention_dropout)
