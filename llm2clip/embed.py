@@ -124,8 +124,9 @@ def collect_captions(data: DataSettings, *, progress: bool = True) -> CaptionCol
 
 def caption_fields(captions: CaptionSettings, *, translations: bool = False) -> tuple[str, ...]:
     """Fields that play a role, each once."""
+    fields = [field for role in captions.all_roles.values() for field in role]
     extra = tuple(captions.translations.values()) if translations else ()
-    return tuple(dict.fromkeys((*captions.short, *captions.long, *extra)))
+    return tuple(dict.fromkeys((*fields, *extra)))
 
 
 def _samples(

@@ -5,7 +5,8 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
-from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.evaluate import EvaluateSettings
 from llm2clip.settings.llm import (
@@ -26,6 +27,7 @@ __all__ = [
     "CaptionSettings",
     "ClipLossSettings",
     "DataSettings",
+    "DistillSettings",
     "EmbedSettings",
     "EvaluateSettings",
     "FinetuneLLMSettings",
@@ -38,6 +40,7 @@ __all__ = [
     "Precision",
     "RunSettings",
     "StoreDtype",
+    "TeacherSettings",
     "TrainSettings",
     "VisionSettings",
     "at_least",
