@@ -16,6 +16,8 @@ from llm2clip.files import read_json
 from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
 from llm2clip_kernels import l2_normalize
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
 
 class ClipTeacher(nn.Module):
     """Features of unit norm, (n, dim) fp32, in the space that a model's own two towers share.
@@ -96,10 +98,15 @@ class ClipTeacher(nn.Module):
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
+            # without any of these transformers makes up an empty vocabulary
+            if not any((self._folder / name).exists() for name in _VOCABULARIES):
+                raise ModelError(
+                    f"{self._folder} has no tokenizer: expected one of {', '.join(_VOCABULARIES)}"
+                )
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
             except Exception as error:  # as above
-                raise ModelError(f"{self._folder} has no tokenizer that can be loaded: {error}") from error
+                raise ModelError(f"the tokenizer in {self._folder} cannot be loaded: {error}") from error
         return self._tokenizer
 
     def fingerprint(self, side: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from llm2clip.settings.base import at_least, setting
 from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
 from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
+from llm2clip.settings.embed_clip import EmbedImagesSettings, EmbedTextsSettings
 from llm2clip.settings.evaluate import EvaluateSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
@@ -28,7 +29,9 @@ __all__ = [
     "ClipLossSettings",
     "DataSettings",
     "DistillSettings",
+    "EmbedImagesSettings",
     "EmbedSettings",
+    "EmbedTextsSettings",
     "EvaluateSettings",
     "FinetuneLLMSettings",
     "LLMSettings",

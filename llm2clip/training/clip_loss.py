@@ -88,12 +88,12 @@ class ClipLoss:
         self, x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, outputs: Mapping[str, Tensor]
     ) -> Tensor:
         """The contrastive loss between (M, D) and (N, D): rows in pairs, or joined by their ids."""
-        kind, scale, bias = self.settings.kind, outputs["scale"], outputs.get("bias")
         several = "owners" in outputs
-        if kind == "cosine":
+        if self.settings.kind == "cosine":
             x = _by_caption(x, outputs) if len(x) != len(y) else x
             return mean_over_ranks(1.0 - (x * y).sum(-1), self._group)
-        if kind == "sigmoid":
+        scale, bias = outputs["scale"], outputs.get("bias")
+        if self.settings.kind == "sigmoid":
             assert bias is not None
             return sigmoid_loss(x, y, scale, bias, x_groups=x_ids, y_groups=y_ids, group=self._group)
         return infonce_loss(
