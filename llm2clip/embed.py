@@ -92,7 +92,7 @@ class CaptionCollection:
 def collect_captions(data: DataSettings, *, progress: bool = True) -> CaptionCollection:
     """Every caption that training or evaluation may ask for.
 
-    Short and long captions of `data.train` and `data.val`; translations of `data.val` alone, since only the
+    Captions of every role of `data.train` and `data.val`; translations of `data.val` alone, since only the
     cross-lingual tables read them. All texts of a field count, not just the first.
 
     Raises:
@@ -124,8 +124,9 @@ def collect_captions(data: DataSettings, *, progress: bool = True) -> CaptionCol
 
 def caption_fields(captions: CaptionSettings, *, translations: bool = False) -> tuple[str, ...]:
     """Fields that play a role, each once."""
+    fields = [field for role in captions.all_roles.values() for field in role]
     extra = tuple(captions.translations.values()) if translations else ()
-    return tuple(dict.fromkeys((*captions.short, *captions.long, *extra)))
+    return tuple(dict.fromkeys((*fields, *extra)))
 
 
 def _samples(
@@ -180,7 +181,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         if world.is_main:
             _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
-                _take_over_rank_stores(writer)
+                take_over_rank_stores(writer)
                 writer.flush()
         world.barrier()
         known = EmbeddingStore.open(root)
@@ -198,7 +199,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
             writer.flush()
             world.barrier()
             if world.is_main:
-                _take_over_rank_stores(writer)
+                take_over_rank_stores(writer)
                 writer.finish()
         seconds = time.monotonic() - start
         if world.is_main:
@@ -276,7 +277,8 @@ def _drop_damaged(root: Path, verify: bool) -> None:
         )
 
 
-def _take_over_rank_stores(writer: StoreWriter) -> None:
+def take_over_rank_stores(writer: StoreWriter) -> None:
+    """Move what other ranks embedded into the store of rank 0."""
     for store in sorted(writer.path.glob(_RANK_STORES)):
         if (store / INDEX_NAME).exists():
             _drop_damaged(store, verify=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llm2clip.data.images import normalize_pixels
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import open_source
 from llm2clip.data.store import EmbeddingStore
@@ -21,7 +22,8 @@ from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataEr
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, EmbedSettings, LLMSettings
-from llm2clip.training.clip_task import ClipTask, pick_caption
+from llm2clip.training.clip_data import draw_captions
+from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.llm_task import LLMTask
 from llm2clip.training.loop import train
 from llm2clip.training.run import finetune_llm, train_clip
@@ -142,7 +144,8 @@ def test_the_clip_stage_learns_and_its_model_loads(kit: Kit, tmp_path: Path) -> 
     hits = []
     for candidate in (fresh, model):
         with torch.no_grad():
-            out = candidate(chunk.pixels, chunk.embeddings)
+            vision = candidate.vision_model
+            out = candidate(normalize_pixels(chunk.pixels, vision.mean, vision.std), chunk.embeddings)
         best = (out["image_features"] @ out["text_features"].T).argmax(1)
         hits.append((best == torch.arange(len(best))).double().mean().item())
     assert hits[1] > hits[0] + 0.3
@@ -268,14 +271,14 @@ def sample(**captions: str) -> Sample:
 def test_captions_are_picked_with_their_probability(chances: dict[str, float], share: float) -> None:
     captions = CaptionSettings(short=("s",), long=("l",), probabilities=chances)
     rng = np.random.default_rng(0)
-    picked = [pick_caption(sample(s="short", l="long"), captions, rng) for _ in range(4000)]
+    picked = [draw_captions(sample(s="short", l="long"), captions, rng)[0] for _ in range(4000)]
     assert picked.count("short") / 4000 == pytest.approx(share, abs=0.03)
     # the share of a role without text goes to the other
     if chances.get("short", 1.0) and share:
-        assert pick_caption(sample(s="short"), captions, rng) == "short"
-    assert pick_caption(sample(l="long"), captions, rng) == "long"
+        assert draw_captions(sample(s="short"), captions, rng) == ("short",)
+    assert draw_captions(sample(l="long"), captions, rng) == ("long",)
     with pytest.raises(BadSampleError, match="no caption in s, l; it has x"):
-        pick_caption(sample(x="other"), captions, rng)
+        draw_captions(sample(x="other"), captions, rng)
 
 
 def test_the_logit_scale_stays_in_its_bounds(kit: Kit, tmp_path: Path) -> None:
@@ -290,9 +293,9 @@ def test_the_logit_scale_stays_in_its_bounds(kit: Kit, tmp_path: Path) -> None:
 def test_a_group_appears_once_in_a_batch(kit: Kit, tmp_path: Path) -> None:
     twins = [record | {"group": f"pair{number // 2}"} for number, record in enumerate(records(8))]
     path = str(write_set(tmp_path / "twins.tar", twins))
-    settings = kit.clip_stage(tmp_path / "run", data={"train": [path]})
+    settings = kit.clip_stage(tmp_path / "run", data={"train": [path]}, loss={"duplicates": "drop"})
     task = ClipTask(settings, ALONE)
     _, samples = next(task.batches(0, 0))
     assert len(samples) == 8 and sum(len(chunk) for chunk in task.chunks(samples, 3)) == 4
-    everything = replace(settings, loss=replace(settings.loss, mask_duplicates=False))
+    everything = replace(settings, loss=replace(settings.loss, duplicates="mask"))
     assert sum(len(chunk) for chunk in ClipTask(everything, ALONE).chunks(samples, 3)) == 8

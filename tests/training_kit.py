@@ -238,12 +238,12 @@ class Kit:
         }
         return from_tree(FinetuneLLMSettings, tree)
 
-    def clip_stage(self, out: Path, **run: Any) -> TrainSettings:
-        """Settings of a tiny CLIP stage with dropout."""
+    def clip_stage(self, out: Path, more: Mapping[str, Any] | None = None, **run: Any) -> TrainSettings:
+        """Settings of a tiny CLIP stage with dropout; `more` is merged into their groups."""
         dropout = run.pop("dropout", 0.2)
         config = CLIP_VISION | {"attention_dropout": dropout / 2}
         (self.root / f"vision-{dropout}.json").write_text(json.dumps(config))
-        tree = {
+        tree: dict[str, Any] = {
             "data": self.data() | {"workers": run.pop("workers", 0)} | run.pop("data", {}),
             "store": run.pop("store", str(self.root / "store")),
             "model": {
@@ -260,6 +260,9 @@ class Kit:
             "optim": {"lr": run.pop("lr", 1e-3), "warmup_steps": 2},
             "run": self._run(out, run),
         }
+        for group, values in (more or {}).items():
+            known = tree.get(group, {})
+            tree[group] = {**known, **values} if isinstance(values, Mapping) else values
         return from_tree(TrainSettings, tree)
 
     @staticmethod
