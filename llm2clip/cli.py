@@ -63,6 +63,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         commands, "finetune-llm", "LLM stage: caption contrastive fine-tuning with LoRA", _finetune_llm
     )
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
+    _add_configured(
+        commands, "embed images", "image features of a CLIP model or tower, into a store", _embed_images
+    )
+    _add_configured(commands, "embed texts", "caption features of a CLIP model, into a store", _embed_texts)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
 
@@ -101,7 +105,8 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (_finetune_llm, _embed, _evaluate, _demo) and not getattr(args, "print_config", False):
+    loads = (_finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _demo)
+    if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -137,6 +142,28 @@ def _embed(args: argparse.Namespace) -> int:
 
         store = embed(settings)
         print(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
+    return 0
+
+
+def _embed_images(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EmbedImagesSettings
+
+    if (settings := _settings(args, EmbedImagesSettings)) is not None:
+        from llm2clip.embed_clip import embed_images
+
+        store = embed_images(settings)
+        print(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
+    return 0
+
+
+def _embed_texts(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EmbedTextsSettings
+
+    if (settings := _settings(args, EmbedTextsSettings)) is not None:
+        from llm2clip.embed_clip import embed_texts
+
+        store = embed_texts(settings)
+        print(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
     return 0
 
 

@@ -113,7 +113,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         if world.is_main:
             _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
-                _take_over_rank_stores(writer)
+                take_over_rank_stores(writer)
                 writer.flush()
                 writer.write_lookup()
         world.barrier()
@@ -129,7 +129,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
             writer.flush()
             world.barrier()
             if world.is_main:
-                _take_over_rank_stores(writer)
+                take_over_rank_stores(writer)
                 writer.finish()
         seconds = time.monotonic() - start
         if world.is_main:
@@ -222,7 +222,8 @@ def _drop_damaged(root: Path, verify: bool) -> None:
         print(f"{what} ({damage.reason}); what is lost is made again", file=sys.stderr)
 
 
-def _take_over_rank_stores(writer: StoreWriter) -> None:
+def take_over_rank_stores(writer: StoreWriter) -> None:
+    """Move what other ranks embedded into the store of rank 0."""
     for store in sorted(writer.path.glob(_RANK_STORES)):
         if (store / INDEX_NAME).exists():
             _drop_damaged(store, verify=False)

@@ -163,16 +163,22 @@ def test_a_rank_that_fails_takes_the_other_along(
 ) -> None:
     codes = exit_codes(start(kit.clip_stage(tmp_path / "run"), _fail(kind, only)))
     assert codes[only] == code
-    # told by the failing rank where it can, else by the closed connection
-    assert codes[1 - only] == (2 if kind == "data" else 1)
+    # the other one knows why
+    assert codes[1 - only] == 2
     shown = capfd.readouterr().err
     assert not (tmp_path / "run" / "result").exists()
     if kind == "data":
-        assert "error: the shard of this rank is gone" in shown
-        assert "error: another rank cannot go on" in shown and "Traceback" not in shown
+        assert "error: the shard of this rank is gone" in shown and "Traceback" not in shown
+        assert f"error: rank {only} failed: the shard of this rank is gone. This rank ends too" in shown
+    elif kind == "crash":
+        assert f"error: rank {only} failed: RuntimeError: something that nobody expected. This rank" in shown
+    else:
+        assert "error: another rank is gone without a word" in shown
 
 
-def test_an_error_before_the_first_step_ends_both(kit: Kit, tmp_path: Path) -> None:
+def test_an_error_before_the_first_step_ends_both(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     settings = kit.clip_stage(tmp_path / "run")
 
@@ -184,7 +190,8 @@ def test_an_error_before_the_first_step_ends_both(kit: Kit, tmp_path: Path) -> N
             ClipTask.groups = groups  # type: ignore[method-assign]
 
     codes = exit_codes(start(settings, prepare))
-    assert codes[1] == 2 and codes[0] == 1
+    assert codes == [2, 2]
+    assert "error: rank 1 failed: only here." in capfd.readouterr().err
 
 
 def test_ranks_with_different_numbers_of_samples(kit: Kit, tmp_path: Path) -> None:

@@ -27,14 +27,15 @@ _SORT_FROM = 1 << 20  # addresses gathered before doubles are dropped
 
 def caption_fields(captions: CaptionSettings, *, translations: bool = False) -> tuple[str, ...]:
     """Fields that play a role, each once."""
+    fields = [field for role in captions.all_roles.values() for field in role]
     extra = tuple(captions.translations.values()) if translations else ()
-    return tuple(dict.fromkeys((*captions.short, *captions.long, *extra)))
+    return tuple(dict.fromkeys((*fields, *extra)))
 
 
 class CaptionStream:
     """Every caption that training or evaluation may ask for, as often as the data holds it.
 
-    Short and long captions of `data.train` and `data.val`; translations of `data.val` alone, since only the
+    Captions of every role of `data.train` and `data.val`; translations of `data.val` alone, since only the
     cross-lingual tables read them. All texts of a field count, not just the first.
 
     Args:

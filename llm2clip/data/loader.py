@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data.order import EpochOrder, batch_indices
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import EpochOrder, SourceBatches, batch_indices
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.errors import BadSampleError, DataError
@@ -21,6 +22,7 @@ log = logging.getLogger("llm2clip.data")
 
 Transform: TypeAlias = Callable[[Sample, np.random.Generator], Any]
 Collate: TypeAlias = Callable[[list[Any]], Any]
+Join: TypeAlias = Callable[[list[Any]], Any]
 # fewer samples say nothing about the share of bad ones
 MIN_SAMPLES_FOR_SHARE = 50
 NAMED_IN_ERROR = 10
@@ -70,15 +72,19 @@ class Loader:
     """Iterates over `(position, items)`; `position` is what to resume from after the batch.
 
     `items` is the list of what `transform` returned for this rank's part of the global batch, or
-    `collate(items)`. A sample whose reading or transform raises BadSampleError is left out of its batch
-    and counted in `bad`. The random numbers of a sample come from (seed, epoch, index) alone: batches
-    are the same for any number of workers and after any resume.
+    `collate(items)`, or with `piece` what `join` makes of several such. A sample whose reading or transform
+    raises BadSampleError is left out of its batch and counted in `bad`. The random numbers of a sample come
+    from (seed, epoch, index) alone: batches are the same for any number of workers and after any resume.
 
     Args:
         source: the samples.
         batch_size: samples per batch over all ranks.
         transform: `transform(sample, rng)`, run in the worker; may raise BadSampleError.
         collate: joins the items of a batch in the worker; with tensors much cheaper to send than items.
+        piece: at most so many samples are one worker's task; 0: the whole part of a rank. Small pieces keep all
+            workers busy on one batch and bound what waits in memory; needs `collate` and `join`.
+        join: makes a batch of the collated pieces of which something is left, in order.
+        pin: give tensors in page-locked memory, for the transfer to a GPU; collated items then have `pin_memory()`.
         seed: of order and transform.
         rank: number of this process.
         world_size: number of processes.
@@ -89,6 +95,7 @@ class Loader:
         shuffle: False keeps the source's order.
         shuffle_window: shards per shuffling window.
         text_only: read captions without images.
+        one_source: every batch comes from one source of a mixture (`order.SourceBatches`).
 
     Raises:
         DataError: the source is smaller than one batch, or an argument is out of range.
@@ -101,6 +108,9 @@ class Loader:
         transform: Transform,
         *,
         collate: Collate | None = None,
+        piece: int = 0,
+        join: Join | None = None,
+        pin: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -111,6 +121,7 @@ class Loader:
         shuffle: bool = True,
         shuffle_window: int = 16,
         text_only: bool = False,
+        one_source: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank must be in [0, {world_size}), got {rank}")
@@ -127,11 +138,20 @@ class Loader:
             raise DataError(
                 f"workers must be >= 0 and max_bad_share in [0, 1], got {workers} and {max_bad_share}"
             )
-        self.order = EpochOrder(source, seed, shuffle, shuffle_window)
+        if piece < 0 or (piece > 0) != (join is not None) or (piece and collate is None):
+            raise DataError("pieces of a batch need `collate`, `join`, and a size above 0")
+        self.order = (
+            SourceBatches(source, batch_size, seed, shuffle, shuffle_window)
+            if one_source and isinstance(source, Mixture)
+            else EpochOrder(source, seed, shuffle, shuffle_window)
+        )
         self.steps_per_epoch = len(self.order) // batch_size
         self.bad = BadSamples()
         self._source, self._batch_size, self._workers = source, batch_size, workers
         self._rank, self._world_size = rank, world_size
+        share = (rank + 1) * batch_size // world_size - rank * batch_size // world_size
+        self._piece, self._join, self._pin = piece or share, join, pin
+        self._pieces = -(-share // self._piece)
         epoch, batch = (start.epoch, start.batch) if isinstance(start, Position) else start
         # the end of an epoch is the beginning of the next
         self._start = Position(epoch + batch // self.steps_per_epoch, batch % self.steps_per_epoch)
@@ -150,19 +170,30 @@ class Loader:
                     batch_sampler=_Requests(self),
                     num_workers=self._workers,
                     collate_fn=_same,
-                    prefetch_factor=2,
+                    # a batch ahead while the one before is trained on
+                    prefetch_factor=max(2, -(-self._pieces // self._workers) + 1),
+                    pin_memory=self._pin,
                     # the default generator would lose a number here, and with it the exact resume
                     generator=torch.Generator(),
                 )
             )
-        for position, result in zip(self._positions(), results, strict=False):
-            if result.error is not None:
-                raise result.error
-            self.bad.seen += result.seen
-            for key, reason in result.bad:
-                self.bad.add(key, reason)
-            self.bad.check(self._source.name, self._max_bad_share)
-            yield position, pickle.loads(result.packed) if result.packed else result.items
+        for position in self._positions():
+            pieces = [self._checked(next(results)) for _ in range(self._pieces)]
+            if self._join is None:
+                yield position, pieces[0]
+            else:
+                left = [piece for piece in pieces if len(piece)]
+                yield position, self._join(left) if left else []
+
+    def _checked(self, result: _Result) -> Any:
+        """The items of a result, whose bad samples are counted."""
+        if result.error is not None:
+            raise result.error
+        self.bad.seen += result.seen
+        for key, reason in result.bad:
+            self.bad.add(key, reason)
+        self.bad.check(self._source.name, self._max_bad_share)
+        return pickle.loads(result.packed) if result.packed else result.items
 
     def _epoch_starts(self) -> Iterator[tuple[int, int]]:
         epoch, batch = self._start.epoch, self._start.batch
@@ -179,7 +210,9 @@ class Loader:
         for epoch, first in self._epoch_starts():
             batches = batch_indices(self.order, epoch, self._batch_size, self._rank, self._world_size)
             for indices in batches[first:]:
-                yield [(epoch, int(index)) for index in indices]
+                requests = [(epoch, int(index)) for index in indices]
+                for start in range(0, len(requests), self._piece):
+                    yield requests[start : start + self._piece]
 
 
 @dataclass(slots=True)
@@ -189,6 +222,12 @@ class _Result:
     bad: list[tuple[str, str]]
     packed: bytes = b""
     error: Exception | None = None
+
+    def pin_memory(self) -> _Result:
+        """Called by torch's pinning thread; packed items have nothing to pin."""
+        if hasattr(self.items, "pin_memory"):
+            self.items = self.items.pin_memory()
+        return self
 
 
 class _Reader(Dataset[Any]):

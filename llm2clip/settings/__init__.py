@@ -5,8 +5,10 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
-from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
+from llm2clip.settings.embed_clip import EmbedImagesSettings, EmbedTextsSettings
 from llm2clip.settings.evaluate import EvaluateSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
@@ -15,9 +17,14 @@ from llm2clip.settings.llm import (
     Layout,
     LLMSettings,
     LoraSettings,
+    MaskingSettings,
+    Objective,
+    PairSettings,
     Pooling,
     Precision,
+    Quantization,
     StoreDtype,
+    Template,
 )
 from llm2clip.settings.run import OptimSettings, RunSettings
 
@@ -26,18 +33,27 @@ __all__ = [
     "CaptionSettings",
     "ClipLossSettings",
     "DataSettings",
+    "DistillSettings",
+    "EmbedImagesSettings",
     "EmbedSettings",
+    "EmbedTextsSettings",
     "EvaluateSettings",
     "FinetuneLLMSettings",
     "LLMSettings",
     "Layout",
     "LoraSettings",
+    "MaskingSettings",
     "ModelSettings",
+    "Objective",
     "OptimSettings",
+    "PairSettings",
     "Pooling",
     "Precision",
+    "Quantization",
     "RunSettings",
     "StoreDtype",
+    "TeacherSettings",
+    "Template",
     "TrainSettings",
     "VisionSettings",
     "at_least",

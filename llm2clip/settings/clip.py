@@ -7,6 +7,7 @@ from typing import Literal
 
 from llm2clip.errors import ConfigError
 from llm2clip.settings.base import setting
+from llm2clip.settings.clip_loss import ClipLossSettings, TeacherSettings
 from llm2clip.settings.data import DataSettings
 from llm2clip.settings.run import OptimSettings, RunSettings
 
@@ -52,31 +53,42 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipLossSettings:
-    """Loss of the CLIP stage."""
-
-    kind: Literal["softmax", "sigmoid"] = setting(
-        "softmax",
-        "over the whole batch of all ranks: `softmax`, symmetric InfoNCE; or `sigmoid`, SigLIP's loss with a learned "
-        "bias",
-    )
-    label_smoothing: float = setting(0.0, "softmax: share of the target spread over the batch")
-    mask_duplicates: bool = setting(True, "never put two images of one group into a rank's batch")
-
-    def __post_init__(self) -> None:
-        if self.kind == "sigmoid" and self.label_smoothing != 0.0:
-            raise ConfigError(
-                f"loss.label_smoothing: the sigmoid loss has none, got {self.label_smoothing}; set it to 0"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """`llm2clip train`: the CLIP stage."""
 
     data: DataSettings = setting(factory=DataSettings, help="images and captions")
     store: str = setting("", "embedding store made by `llm2clip embed`")
+    features: str = setting(
+        "",
+        "store of the frozen vision tower's features (`llm2clip embed images`); images are then not decoded",
+    )
     model: ModelSettings = setting(factory=ModelSettings, help="model")
-    loss: ClipLossSettings = setting(factory=ClipLossSettings, help="contrastive loss")
+    teacher: TeacherSettings = setting(factory=TeacherSettings, help="whose features are learned from")
+    loss: ClipLossSettings = setting(factory=ClipLossSettings, help="contrastive loss and distillation")
     optim: OptimSettings = setting(factory=OptimSettings, help="optimizer")
     run: RunSettings = setting(factory=RunSettings, help="run")
+
+    def __post_init__(self) -> None:
+        distill, teacher = self.loss.distill, self.teacher
+        image = bool(distill.similarity) or any(distill.image.values())
+        text = bool(distill.similarity) or any(distill.text.values())
+        needed = {
+            "teacher.images or teacher.model": (image, bool(teacher.images or teacher.model)),
+            "teacher.texts or teacher.model": (text, bool(teacher.texts or teacher.model)),
+            "teacher.start": (any(distill.tower.values()), teacher.start),
+        }
+        for name, (wanted, given) in needed.items():
+            if wanted and not given:
+                raise ConfigError(f"loss.distill learns from a teacher that is not there; set {name}")
+        used = {"images": image, "texts": text, "model": image or text, "start": any(distill.tower.values())}
+        for name, wanted in used.items():
+            if getattr(teacher, name) and not wanted:
+                raise ConfigError(f"teacher.{name} is set, but loss.distill gives nothing of it a weight")
+        if self.data.captions.per_image > 1 and self.loss.duplicates == "mask":
+            raise ConfigError(
+                "loss.duplicates: with several captions per image the loss has no mask; use positive or drop"
+            )
+        if self.features and any(distill.tower.values()):
+            raise ConfigError(
+                "features: the tower is frozen and absent, so it cannot learn from loss.distill.tower"
+            )

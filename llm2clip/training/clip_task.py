@@ -8,102 +8,144 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.images import ImageTransform, decode_image
+from llm2clip.data.images import ImageTransform, normalize_pixels
 from llm2clip.data.loader import Position
-from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
-from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataError
-from llm2clip.files import read_json, write_json
+from llm2clip.errors import ConfigError
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.settings import CaptionSettings, ModelSettings, TrainSettings
-from llm2clip.training import checkpoint
+from llm2clip.settings import ModelSettings, TrainSettings
+from llm2clip.training import clip_checks, clip_data
 from llm2clip.training.batches import rank_batches
+from llm2clip.training.clip_data import ImageTexts, Reader
+from llm2clip.training.clip_loss import ClipLoss
 from llm2clip.training.optim import NamedParameters
+from llm2clip.training.teachers import Teachers
 from llm2clip.training.world import World
-from llm2clip_kernels import infonce_loss, sigmoid_loss
+from llm2clip_kernels import l2_normalize
 
-
-@dataclass(frozen=True, slots=True)
-class ImageText:
-    """One training sample: an image and the caption picked for it this time.
-
-    Attributes:
-        key: sample key, for messages.
-        group: identity of what is shown.
-        pixels: (3, S, S) float32, normalised.
-        text: caption, looked up in the embedding store.
-    """
-
-    key: str
-    group: str
-    pixels: Tensor
-    text: str
-
-
-@dataclass(frozen=True)
-class ImageTextChunk:
-    """Images (b, 3, S, S) and LLM embeddings (b, D_llm) on the device."""
-
-    pixels: Tensor
-    embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
+# what a batch carries for the loss that no tower changes
+_CONSTANTS = ("teacher_image", "teacher_text", "teacher_tower")
 
 
 class TwoTowers(nn.Module):
-    """`ImageTextChunk` -> unit-norm `image` and `text` (b, D), the 0-dim multiplier `scale`, and `bias` if any."""
+    """`ImageTexts` -> the outputs that `ClipLoss` names, as far as the settings need them.
 
-    def __init__(self, model: LLM2CLIP) -> None:
+    Args:
+        model: the towers.
+        settings: of the stage.
+    """
+
+    def __init__(self, model: LLM2CLIP, settings: TrainSettings) -> None:
         super().__init__()
         self.model = model
+        loss, distill = settings.loss, settings.loss.distill
+        pairs = loss.kind != "none" or distill.similarity > 0
+        self.image = pairs or any(distill.image.values())
+        self.text = pairs or any(distill.text.values())
+        self.tower = any(distill.tower.values())
+        self._several = settings.data.captions.per_image > 1
+        self._scaled = loss.kind in ("softmax", "sigmoid") or distill.similarity > 0
+        unused = {
+            "vision": bool(settings.features) or not (self.image or self.tower),
+            "lora": bool(settings.features) or not (self.image or self.tower),
+            "projection": not self.image,
+            "adapter": not self.text,
+            "logit_scale": not self._scaled,
+            "logit_bias": not self._scaled,
+        }
+        for name, parameter in model.named_parameters():
+            if unused.get(group_of(name)):
+                parameter.requires_grad_(False)
 
-    def forward(self, chunk: ImageTextChunk) -> dict[str, Tensor]:
-        outputs = self.model(chunk.pixels, chunk.embeddings)
-        names = {
-            "image": "image_features", "text": "text_features", "scale": "logit_scale", "bias": "logit_bias"
-        }  # fmt: skip
-        return {ours: outputs[theirs] for ours, theirs in names.items() if theirs in outputs}
+    def forward(self, batch: ImageTexts) -> dict[str, Tensor]:
+        model, outputs = self.model, dict[str, Tensor]()
+        if self.image or self.tower:
+            features = self._tower_features(batch)
+            if self.image:
+                outputs["image"] = _unit(model.visual_projection(features))
+            if self.tower:
+                outputs["tower"] = _unit(features)
+        if self.text:
+            assert batch.embeddings is not None
+            outputs["text"] = _unit(model.get_text_features(batch.embeddings))
+        if self._scaled:
+            outputs["scale"] = model.logit_scale.clamp(max=model.settings.logit_scale_max).exp()
+            if model.logit_bias is not None:
+                # not the parameter itself: an output may be changed in place
+                outputs["bias"] = model.logit_bias.clone()
+        if batch.meeting:
+            outputs["groups"] = batch.groups
+        if self._several and batch.owners is not None:
+            outputs["owners"] = batch.owners
+        return outputs | {name: t for name in _CONSTANTS if (t := getattr(batch, name)) is not None}
+
+    def _tower_features(self, batch: ImageTexts) -> Tensor:
+        if batch.features is not None:
+            return batch.features
+        assert batch.pixels is not None
+        vision = self.model.vision_model
+        return vision(normalize_pixels(batch.pixels, vision.mean, vision.std))
 
 
 class ClipTask:
-    """Task of `llm2clip train` (see `training.loop.Task`)."""
+    """Task of `llm2clip train` (see `training.task.Task`)."""
 
     title = "training CLIP"
     token_budget = 0
+    additive, sharded = False, False
 
     def __init__(self, settings: TrainSettings, world: World) -> None:
         if not settings.data.train:
             raise ConfigError("data.train: expected at least one source of images and captions")
         if not settings.store:
             raise ConfigError("store: expected the embedding store that `llm2clip embed` made")
-        self.settings = settings
+        self.settings, data = settings, settings.data
         self._world = world
         self._store = EmbeddingStore.open(settings.store)
-        self._source: Source = open_source(
-            settings.data.train, weights=settings.data.weights, limit=settings.data.limit
-        )
-        _require_roles(settings.data.captions)
-        require_stored_captions(self._source, settings.data.captions, self._store)
-        _require_same_encoder(Path(settings.run.out), self._store, world)
+        self._source: Source = open_source(data.train, weights=data.weights, limit=data.limit)
+        clip_checks.require_stored_captions(self._source, data.captions, self._store)
+        clip_checks.require_same_encoder(Path(settings.run.out), self._store, world)
+        clip_checks.require_fixed_text_side(settings, self._store.dim)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
-        self.model = LLM2CLIP(model_settings(settings), self._store.dim, self._store.fingerprint).to(
-            world.device
-        )
-        self.module: nn.Module = TwoTowers(self.model)
+        model = LLM2CLIP(model_settings(settings), self._store.dim, self._store.fingerprint)
+        if settings.loss.kind == "cosine":
+            clip_checks.begin_with_embeddings(model)
+        module = TwoTowers(model, settings).to(world.device)
+        self.module: nn.Module = module
         self.samples = len(self._source)
-        vision = self.model.vision_model
-        self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
+        vision = model.vision_model
+        transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
+        self._teachers = Teachers(settings, vision, world.device)
+        decoded = not settings.features and (module.image or module.tower)
+        self._reader = Reader(
+            captions=data.captions,
+            transform=transform if decoded else None,
+            views=settings.teacher.views,
+            store=self._store if module.text else None,
+            features=EmbeddingStore.open(settings.features) if settings.features else None,
+            teacher_image=self._teachers.image_store,
+            teacher_text=self._teachers.text_store,
+        )
+        clip_checks.require_teachers(settings, self._teachers)
+        clip_checks.require_stored_images(self._source, self._reader, vision)
+        group = torch.distributed.group.WORLD if world.size > 1 else None
+        self._loss = ClipLoss(settings.loss, several=data.captions.per_image > 1, group=group)
+
+    @property
+    def model(self) -> LLM2CLIP:
+        """The model that is trained."""
+        model: Any = self.module.model
+        assert isinstance(model, LLM2CLIP)
+        return model
 
     def groups(self) -> Mapping[str, NamedParameters]:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -111,45 +153,28 @@ class ClipTask:
             groups.setdefault(group_of(name), []).append((name, parameter))
         return groups
 
-    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[ImageText]]]:
-        data = self.settings.data
-        transform = partial(_to_image_text, captions=data.captions, transform=self._transform)
-        return rank_batches(self._source, transform, data, self.settings.run, self._world, (epoch, batch))
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Any]]:
+        return rank_batches(
+            self._source, self._reader, self.settings.data, self.settings.run, self._world, (epoch, batch),
+            collate=self._reader.collate, join=clip_data.join, text_only=not self._reader.reads_images,
+        )  # fmt: skip
 
-    def chunks(self, samples: Sequence[ImageText], size: int) -> Sequence[ImageTextChunk]:
-        kept = _one_per_group(samples) if self.settings.loss.mask_duplicates else list(samples)
-        embeddings = self._store.get([sample.text for sample in kept])
-        step = size or len(kept)
-        device = self._world.device
-        return [
-            ImageTextChunk(
-                torch.stack([sample.pixels for sample in kept[start : start + step]]).to(device),
-                embeddings[start : start + step].to(device),
-            )
-            for start in range(0, len(kept), step)
-        ]
+    def chunks(self, samples: Sequence[Any], size: int) -> Sequence[ImageTexts]:
+        assert isinstance(samples, ImageTexts)
+        batch = samples.one_per_group() if self._loss.duplicates == "drop" else samples
+        # ids that all differ cost the loss something and change nothing; other ranks' are not known here
+        batch = replace(batch, meeting=self._world.size > 1 or batch.repeats)
+        return [self._teachers.add_to(part) for part in batch.to(self._world.device).split(size)]
 
     def loss(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
-        group = torch.distributed.group.WORLD if self._world.size > 1 else None
-        metrics = {"logit_scale": scale.detach()}
-        if self.settings.loss.kind == "sigmoid":
-            metrics["logit_bias"] = outputs["bias"].detach()
-            value = sigmoid_loss(image, text, scale, outputs["bias"], group=group)
-        else:
-            smoothing = self.settings.loss.label_smoothing
-            value = infonce_loss(
-                image, text, scale, label_smoothing=smoothing, logit_bias=outputs.get("bias"), group=group
-            )
-        with torch.no_grad():
-            similarity = (image * text).sum(-1).float().mean()
-        return value, {"positive_similarity": similarity, **metrics}
+        return self._loss(outputs)
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale()
 
-    def names(self, samples: Sequence[ImageText]) -> list[str]:
-        return [sample.key for sample in samples]
+    def names(self, samples: Sequence[Any]) -> list[str]:
+        assert isinstance(samples, ImageTexts)
+        return samples.keys
 
     def evaluate(self) -> dict[str, float]:
         """Retrieval on `data.val` with the model as it is, when there is any."""
@@ -181,98 +206,6 @@ def model_settings(settings: TrainSettings) -> ModelSettings:
     )
 
 
-def require_stored_captions(
-    source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64
-) -> None:
-    """Check a spread of samples, so that a store of other data fails now and not in the middle of an epoch.
-
-    Raises:
-        StoreError: a caption is not in the store.
-        DataError: none of the samples has a caption; the fields that were found are named.
-    """
-    stride = max(1, len(source) // probe)
-    texts: list[str] = []
-    found: set[str] = set()
-    for index in range(0, len(source), stride):
-        try:
-            sample = source.captions_of(index)
-        except BadSampleError:
-            continue
-        found.update(sample.captions)
-        texts += [text for _, text in _roles(sample, captions)]
-    if not texts:
-        raise DataError(
-            f"{source.name}: no caption in {', '.join((*captions.short, *captions.long))}; the caption fields found "
-            f"are: {', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."
-        )
-    store.rows(texts)
-
-
-def _require_same_encoder(out: Path, store: EmbeddingStore, world: World) -> None:
-    """Refuse to go on with embeddings of another encoder than the run began with; their width may be the same."""
-    record = out / "text_encoder.json"
-    if checkpoint.latest(out) is not None and record.exists():
-        store.check_fingerprint(read_json(record, CheckpointError))
-    elif world.is_main:
-        write_json(record, store.fingerprint)
-
-
-def _require_roles(captions: CaptionSettings) -> None:
-    chances = captions.probabilities
-    if unknown := sorted(set(chances) - {"short", "long"}):
-        raise ConfigError(
-            f"data.captions.probabilities: expected the roles short and long, got {', '.join(unknown)}"
-        )
-    if chances and not (min(chances.values()) >= 0 and sum(chances.values()) > 0):
-        raise ConfigError(
-            f"data.captions.probabilities: expected shares of at least 0, one of them above, got {chances}"
-        )
-
-
-def _roles(sample: Sample, captions: CaptionSettings) -> list[tuple[str, str]]:
-    roles = (("short", captions.short), ("long", captions.long))
-    return [(role, text) for role, fields in roles if (text := caption_role(sample, fields))]
-
-
-def pick_caption(sample: Sample, captions: CaptionSettings, rng: np.random.Generator) -> str:
-    """One caption of the sample, its role drawn with `captions.probabilities`.
-
-    Raises:
-        BadSampleError: no role that may be drawn has text.
-    """
-    choices = [
-        (text, captions.probabilities.get(role, 0.0) if captions.probabilities else 1.0)
-        for role, text in _roles(sample, captions)
-    ]
-    total = sum(weight for _, weight in choices)
-    if total <= 0:
-        raise BadSampleError(
-            sample.key,
-            f"no caption in {', '.join((*captions.short, *captions.long))}; it has "
-            f"{', '.join(sample.captions) or 'none'}",
-        )
-    point = rng.random() * total
-    for text, weight in choices:
-        point -= weight
-        if point < 0:
-            return text
-    return choices[-1][0]
-
-
-def _to_image_text(
-    sample: Sample, rng: np.random.Generator, captions: CaptionSettings, transform: ImageTransform
-) -> ImageText:
-    text = pick_caption(sample, captions, rng)
-    if sample.image is None:
-        raise BadSampleError(sample.key, "it has no image")
-    return ImageText(
-        sample.key, sample.group, transform(decode_image(sample.image, key=sample.key), rng), text
-    )
-
-
-def _one_per_group(samples: Sequence[ImageText]) -> list[ImageText]:
-    """Drop images of what the batch shows already: they would be false negatives."""
-    kept: dict[str, ImageText] = {}
-    for sample in samples:
-        kept.setdefault(sample.group, sample)
-    return list(kept.values())
+def _unit(features: Tensor) -> Tensor:
+    # the loss stays fp32 where autocast rounds the towers
+    return l2_normalize(features, dtype=torch.promote_types(features.dtype, torch.float32))
