@@ -17,6 +17,14 @@ from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, write_json
 from llm2clip.models import bidirectional as attention
 from llm2clip.models import lora, packed
+from llm2clip.models.adapters import (
+    base_record,
+    check_base,
+    load_adapter,
+    merge_adapters,
+    merged_record,
+    read_adapter,
+)
 from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
 from llm2clip.models.llm_files import DTYPES, ENCODER_CONFIG, load_llm, read_encoder_config, write_llm
 from llm2clip.models.packed import PackedBatch
@@ -61,6 +69,7 @@ class CaptionEncoder(nn.Module):
         max_length: int = 512,
         prompt: str = "",
         template: Template = "none",
+        dim: int | None = None,
         layout: Layout = "auto",
     ) -> None:
         super().__init__()
@@ -81,7 +90,10 @@ class CaptionEncoder(nn.Module):
             prompt,
             chat.name,
         )
-        self.dim = int(lora.base_model(model).config.hidden_size)
+        width = int(lora.base_model(model).config.hidden_size)
+        if dim is not None and not 1 <= dim <= width:
+            raise ModelError(f"dim: expected 1 to {width}, the width of {type(model).__name__}, got {dim}")
+        self.dim = width if dim is None else dim
         self.truncated = 0
         self._base_record: dict[str, Any] | None = None
         self._captions = CaptionTokenizer(
@@ -105,6 +117,8 @@ class CaptionEncoder(nn.Module):
         *,
         gguf_file: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        merge: Sequence[str | os.PathLike[str]] = (),
+        dim: int | None = None,
         bidirectional: bool | None = None,
         pooling: Pooling | None = None,
         max_length: int | None = None,
@@ -121,9 +135,12 @@ class CaptionEncoder(nn.Module):
             path: model directory, or the folder of `gguf_file`.
             gguf_file: GGUF file inside `path`.
             adapter: peft LoRA directory to put on the model (frozen; `add_lora` makes it trainable).
-            bidirectional, pooling, max_length, prompt, template: None takes what llm2clip_config.json beside
-                the adapter or model records, else True, "mean", 512, "" and "none". A value that differs from
-                the record is used, with a warning.
+            merge: peft LoRA directories that are merged into the weights before that, in order (LLM2Vec's chain:
+                MNTP, then supervised).
+            dim: only the first so many values of an embedding (Matryoshka); None: as recorded, else all.
+            bidirectional, pooling, max_length, prompt, template: None takes what llm2clip_config.json (or LLM2Vec's
+                llm2vec_config.json) beside the adapter, the last merged adapter or the model records, else True,
+                "mean", 512, "" and "none". A value that differs from the record is used, with a warning.
             layout: `packed`, `padded`, or `auto`: packed where the model can (embeddings are the same).
             dtype: precision of the LLM's weights.
             quantization: `8bit` or `4bit` weights of the linear layers, through bitsandbytes.
@@ -134,7 +151,7 @@ class CaptionEncoder(nn.Module):
                 does not follow the asked attention direction, or `packed` was asked for and is impossible.
         """
         model, tokenizer = load_llm(path, gguf_file, DTYPES[dtype], quantization=quantization, device=device)
-        recorded = read_encoder_config(adapter if adapter else path)
+        recorded = read_encoder_config(adapter or (merge[-1] if merge else path))
         given = {
             "bidirectional": bidirectional,
             "pooling": pooling,
@@ -144,12 +161,23 @@ class CaptionEncoder(nn.Module):
             "template": None if template == "auto" and "template" in recorded else template,
         }
         options = {name: _choose(name, value, recorded) for name, value in given.items()}
+        chain = [read_adapter(folder) for folder in (*merge, *([adapter] if adapter else []))]
+        record = None
+        # hashing the weights takes a while: only where it matters before they are changed, or for a comparison
+        if merge or any(link.base for link in chain):
+            record = base_record(model)
+            for number, link in enumerate(chain):
+                check_base(link, record | merged_record(chain[:number]))
+            record |= merged_record(chain[: len(merge)])
+        model = merge_adapters(model, chain[: len(merge)])
         if adapter:
-            _check_base(model, recorded, adapter)
-            model = lora.load_adapter(model, adapter)
+            model = load_adapter(model, chain[-1])
         if not is_quantized(model):
             model = model.to(device)
-        return cls(model, tokenizer, layout=layout, **options).eval()
+        chosen = recorded.get("dim") if dim is None else dim
+        encoder = cls(model, tokenizer, dim=chosen, layout=layout, **options).eval()
+        encoder._base_record = record
+        return encoder
 
     @classmethod
     def from_settings(cls, settings: LLMSettings, device: str | torch.device = "cpu") -> CaptionEncoder:
@@ -158,6 +186,8 @@ class CaptionEncoder(nn.Module):
             settings.path,
             gguf_file=settings.gguf_file,
             adapter=settings.adapter or None,
+            merge=settings.merge,
+            dim=settings.dim,
             bidirectional=settings.bidirectional,
             pooling=settings.pooling,
             max_length=settings.max_length,
@@ -228,10 +258,10 @@ class CaptionEncoder(nn.Module):
         """
         if self.layout == "packed":
             pack = packed.unpad(batch) if isinstance(batch, CaptionBatch) else batch
-            return packed.pool_packed(self.token_states(pack), pack, self.pooling)
+            return packed.pool_packed(self.token_states(pack), pack, self.pooling)[:, : self.dim]
         if isinstance(batch, PackedBatch):
             raise ModelError("a packed batch needs an encoder with layout=packed, this one has layout=padded")
-        return pool(self.token_states(batch), batch.pool_mask, self.pooling)
+        return pool(self.token_states(batch), batch.pool_mask, self.pooling)[:, : self.dim]
 
     def token_states(self, batch: CaptionBatch | PackedBatch) -> Tensor:
         """The LLM's last states of a batch in the encoder's layout: (T, dim) of a pack, (B, L, dim) of a padded one."""
@@ -278,6 +308,7 @@ class CaptionEncoder(nn.Module):
         *,
         token_budget: int | None = None,
         normalize: bool = False,
+        dim: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Embed captions without gradients, in evaluation mode.
@@ -291,18 +322,21 @@ class CaptionEncoder(nn.Module):
             token_budget: largest number of tokens in one forward pass, padding included; a longer caption
                 has one of its own. None or 0: 1024 on a CPU, 8192 elsewhere.
             normalize: scale embeddings to unit length.
+            dim: only the first so many values of each embedding (Matryoshka), cut before they are scaled; None: all.
             progress: counts captions as they are done.
 
         Returns:
             (len(texts), dim) fp32 on the CPU.
 
         Raises:
-            ValueError: an empty caption; the message names its index.
+            ValueError: an empty caption (the message names its index), or a `dim` that is not 1 to `self.dim`.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of captions, got one string; write encode([caption])")
         tokens = self.tokenize(texts)
-        return self.encode_tokens(tokens, token_budget=token_budget, normalize=normalize, progress=progress)
+        return self.encode_tokens(
+            tokens, token_budget=token_budget, normalize=normalize, dim=dim, progress=progress
+        )
 
     @torch.no_grad()
     def encode_tokens(
@@ -311,14 +345,19 @@ class CaptionEncoder(nn.Module):
         *,
         token_budget: int | None = None,
         normalize: bool = False,
+        dim: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """`encode` for captions that `tokenize` has prepared (on another thread, say)."""
-        result = torch.empty(len(tokens), self.dim, dtype=torch.float32)
+        width = self.dim if dim is None else dim
+        if not 1 <= width <= self.dim:
+            raise ValueError(f"dim: expected 1 to {self.dim}, the encoder's dimension, got {dim}")
+        result = torch.empty(len(tokens), width, dtype=torch.float32)
         training = self.training
         self.eval()
         try:
             for indices, embeddings in self._embed_parts(tokens, token_budget):
+                embeddings = embeddings[:, :width]
                 if normalize:
                     embeddings = nn.functional.normalize(embeddings, dim=-1)
                 result[indices] = embeddings.float().cpu()
@@ -330,7 +369,10 @@ class CaptionEncoder(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the embeddings depend on; equal fingerprints mean equal embeddings. Hashes every weight."""
-        base = lora.base_model(self.model)
+        return self._fingerprint(self.model)
+
+    def _fingerprint(self, model: Any) -> dict[str, Any]:
+        base = lora.base_model(model)
         options = self._options()
         if self.template == "none":
             del options["template"]  # as in stores that were made before there were templates
@@ -338,8 +380,8 @@ class CaptionEncoder(nn.Module):
             "model_type": str(base.config.model_type),
             "dim": self.dim,
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == next(base.parameters()).dtype),
-            "weights": tensors_digest(lora.base_tensors(self.model)),
-            "adapter": lora.adapter_digest(self.model),
+            "weights": tensors_digest(lora.base_tensors(model)),
+            "adapter": lora.adapter_digest(model),
             "tokenizer": tokenizer_digest(self.tokenizer),
             **options,
         }
@@ -347,14 +389,15 @@ class CaptionEncoder(nn.Module):
     def base_record(self) -> dict[str, Any]:
         """What llm2clip_config.json says of the base model; hashes its weights, the first time."""
         if self._base_record is None:
-            base = lora.base_model(self.model)
-            self._base_record = {"model_type": str(base.config.model_type)}
-            if not is_quantized(base):
-                self._base_record["weights_bf16"] = _base_digest(self.model)
+            self._base_record = base_record(self.model)
         return self._base_record
 
     def save_adapter(self, path: str | os.PathLike[str], *, notes: Mapping[str, Any] | None = None) -> None:
-        """Write the adapter as a plain peft directory plus llm2clip_config.json (with `notes`), atomically."""
+        """Write the adapter as a plain peft directory plus llm2clip_config.json, atomically.
+
+        The record has the options, the dimension, what it was trained on (`base`), the parts of the fingerprint that
+        do not depend on the precision of the base, and `notes`.
+        """
         if not lora.is_peft(self.model):
             raise ModelError("there is no adapter to save; call add_lora first or use save_pretrained")
         adapted: Any = self.model
@@ -363,18 +406,25 @@ class CaptionEncoder(nn.Module):
             folder.mkdir()
             # "auto" would look for the base model on the hub
             adapted.save_pretrained(folder, save_embedding_layers=False)
-            write_json(folder / ENCODER_CONFIG, {**self._options(), **(notes or {}), "base": base})
+            parts = {
+                "adapter": lora.adapter_digest(adapted),
+                "tokenizer": tokenizer_digest(self.tokenizer),
+            }
+            record = {**self._options(), "dim": self.dim, **(notes or {}), "base": base, "fingerprint": parts}
+            write_json(folder / ENCODER_CONFIG, record)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a plain transformers directory with the adapter merged in, atomically.
 
         It loads with `transformers.AutoModel` alone (the attention direction is in config.json) and with
-        `from_pretrained`, which finds pooling, prompt and length limit in llm2clip_config.json.
+        `from_pretrained`, which finds pooling, prompt, template, length limit and dimension in llm2clip_config.json.
+        That file has the merged encoder's fingerprint, too.
         """
         model: Any = self.model
         if lora.is_peft(model):
             model = copy.deepcopy(model).merge_and_unload()
-        write_llm(model, self.tokenizer, path, extra=self._options())
+        record = {**self._options(), "dim": self.dim, "fingerprint": self._fingerprint(model)}
+        write_llm(model, self.tokenizer, path, extra=record)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -422,24 +472,3 @@ def _choose(name: str, given: Any, recorded: dict[str, Any]) -> Any:
             stacklevel=3,
         )
     return given
-
-
-def _base_digest(model: nn.Module) -> str:
-    # in bf16, so that an adapter trained on fp32 weights also fits the same base loaded in bf16
-    return tensors_digest(lora.base_tensors(model), dtype=torch.bfloat16)
-
-
-def _check_base(model: nn.Module, recorded: dict[str, Any], adapter: str | os.PathLike[str]) -> None:
-    base = recorded.get("base")
-    # made by another program, or one of both is quantised: only names and shapes can be checked
-    if not base or "weights_bf16" not in base or is_quantized(model):
-        return
-    config: Any = model.config
-    if base.get("weights_bf16") != _base_digest(model):
-        raise ModelError(
-            f"the adapter in {os.fspath(adapter)} was trained on another base model "
-            f"({base.get('model_type')}, "
-            f"weights {base.get('weights_bf16')}) than this one ({config.model_type}). Give llm.path the "
-            "model "
-            "that the adapter was trained on."
-        )

@@ -45,6 +45,14 @@ class LLMSettings:
     path: str = setting("", "model directory in the transformers layout (or the folder of a GGUF file)")
     gguf_file: str | None = setting(None, "name of a GGUF file inside `path`")
     adapter: str | None = setting(None, "peft adapter directory to load (the result of finetune-llm)")
+    merge: tuple[str, ...] = setting(
+        (),
+        "peft adapter directories merged into the weights before `adapter` is put on, in order: a chain such as "
+        "LLM2Vec's MNTP and supervised adapters",
+    )
+    dim: int | None = setting(
+        None, "only the first so many values of an embedding (Matryoshka); null: as recorded, else all"
+    )
     bidirectional: bool = setting(True, "full attention instead of causal attention")
     pooling: Pooling = setting(
         "mean",
