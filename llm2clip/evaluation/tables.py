@@ -19,7 +19,8 @@ class Table:
         header: column names; the first `labels` columns are words, the rest figures.
         rows: cells, already formatted.
         labels: number of leading columns that hold words.
-        small: for each cell a remark in small print (95 % intervals), or "".
+        small: for each cell a remark in small print (95 % intervals), or ""; empty: no remarks.
+        strong: (row, column) of the cells that stand out.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Table:
     rows: list[list[str]]
     labels: int
     small: list[list[str]] = field(default_factory=list)
+    strong: frozenset[tuple[int, int]] = frozenset()
 
 
 def percent(value: float) -> str:
@@ -129,17 +131,18 @@ def render_text(table: Table) -> str:
 def render_markdown(table: Table) -> str:
     """A GitHub-flavoured Markdown table under its title."""
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def line(cells: Sequence[str], number: int = -1) -> str:
+        escaped = [cell.replace("|", "\\|") for cell in cells]
+        marked = [f"**{c}**" if (number, column) in table.strong else c for column, c in enumerate(escaped)]
+        return "| " + " | ".join(marked) + " |"
 
     rule = (
         "|"
         + "|".join("---" if column < table.labels else "---:" for column in range(len(table.header)))
         + "|"
     )
-    return "\n".join(
-        [f"### {table.title}", "", table.note, "", line(table.header), rule, *map(line, table.rows)]
-    )
+    rows = [line(row, number) for number, row in enumerate(table.rows)]
+    return "\n".join([f"### {table.title}", "", table.note, "", line(table.header), rule, *rows])
 
 
 def blank_repeats(table: Table) -> list[list[str]]:
