@@ -65,6 +65,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(
+        commands, "evaluate retrieval", "benchmarks of image-text retrieval, several models", _retrieval
+    )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -97,7 +100,9 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (_finetune_llm, _embed, _evaluate, _demo) and not getattr(args, "print_config", False):
+    if args.handler in (_finetune_llm, _embed, _evaluate, _retrieval, _demo) and not getattr(
+        args, "print_config", False
+    ):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -153,6 +158,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         from llm2clip.evaluation import evaluate
 
         evaluate(settings)
+    return 0
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    from llm2clip.settings import RetrievalSettings
+
+    if (settings := _settings(args, RetrievalSettings)) is not None:
+        from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
+
+        evaluate_retrieval(settings)
     return 0
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from llm2clip.errors import ModelError
 from llm2clip.evaluation.bootstrap import RESAMPLES, mean_interval
 from llm2clip_kernels import similarity_rank_counts
+from llm2clip_kernels.similarity_rank import RankCounts
 
 KS = (1, 5, 10)
 # features of equal inputs differ by their own rounding, depending on the batch they were computed in
@@ -163,11 +164,20 @@ def rank_positives(
     counts, _ = similarity_rank_counts(
         q, g, x_groups=q_groups, y_groups=g_groups, tolerance=tolerance, directions="rows"
     )
+    return ranks_of(counts)
+
+
+def ranks_of(counts: RankCounts) -> Ranks:
+    """The counts of a retrieval op as ranks.
+
+    Raises:
+        ValueError: a query has no right answer.
+    """
     columns = (counts.above, counts.tied, counts.tied_right, counts.right)
     above, tied_wrong, tied_right, right = (column.cpu().numpy() for column in columns)
     if (right == 0).any():
         raise ValueError(f"{int((right == 0).sum())} queries have no right answer in the gallery")
-    return Ranks(above, tied_wrong, tied_right, right, len(g))
+    return Ranks(above, tied_wrong, tied_right, right, counts.candidates)
 
 
 def _numbered(

@@ -5,6 +5,14 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
+from llm2clip.settings.benchmarks import (
+    BenchmarkSettings,
+    EvaluationPrecision,
+    Layer,
+    LinearProbeSettings,
+    RetrievalSettings,
+    ZeroShotSettings,
+)
 from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.evaluate import EvaluateSettings
@@ -22,24 +30,30 @@ from llm2clip.settings.llm import (
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
+    "BenchmarkSettings",
     "CaptionLossSettings",
     "CaptionSettings",
     "ClipLossSettings",
     "DataSettings",
     "EmbedSettings",
     "EvaluateSettings",
+    "EvaluationPrecision",
     "FinetuneLLMSettings",
     "LLMSettings",
+    "Layer",
     "Layout",
+    "LinearProbeSettings",
     "LoraSettings",
     "ModelSettings",
     "OptimSettings",
     "Pooling",
     "Precision",
+    "RetrievalSettings",
     "RunSettings",
     "StoreDtype",
     "TrainSettings",
     "VisionSettings",
+    "ZeroShotSettings",
     "at_least",
     "setting",
 ]

@@ -1,0 +1,108 @@
+"""Where the right answers stand, both ways, for features on disk: no matrix, and the work shared by all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm2clip.evaluation.datasets.base import CaptionSet
+from llm2clip.evaluation.features import Features, UnitRows
+from llm2clip.evaluation.ranks import TIE_TOLERANCE, Ranks, group_ids, ranks_of
+from llm2clip.training.world import World
+from llm2clip_kernels import similarity_rank_stream
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which captions and images of a data set are ranked, and which belong together.
+
+    Attributes:
+        image_rows: (I,) rows of the images that have such a caption and can be used.
+        text_rows: (T,) captions of these images.
+        image_groups: (I,), and
+        text_groups: (T,): equal ids belong together.
+        text_images: (T,) row of each caption's image: captions of one image are no independent queries.
+    """
+
+    image_rows: Rows
+    text_rows: Rows
+    image_groups: Rows
+    text_groups: Rows
+    text_images: Rows
+
+
+def pair_up(captions: CaptionSet, usable: npt.NDArray[np.bool_], *, equal_match: bool) -> Pairing:
+    """The gallery of one kind of captions.
+
+    Args:
+        captions: the captions and their images.
+        usable: (images,) which images have features.
+        equal_match: captions with equal text are each other's right answers, and so are their images.
+    """
+    text_rows = np.flatnonzero(usable[captions.image])
+    owner = captions.image[text_rows]
+    image_rows, place = np.unique(owner, return_inverse=True)
+    text_groups = place.astype(np.int64)
+    image_groups = np.arange(len(image_rows))
+    if equal_match:
+        text_groups = group_ids(place.tolist(), [captions.texts[row] for row in text_rows.tolist()])
+        image_groups = np.empty(len(image_rows), np.int64)
+        image_groups[place] = text_groups  # all captions of an image are in one group
+    return Pairing(image_rows, text_rows, image_groups, text_groups, owner)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Ranks of both directions."""
+
+    text_to_image: Ranks
+    image_to_text: Ranks
+
+
+def rank_directions(texts: Features, images: Features, pairing: Pairing, world: World) -> Directions:
+    """Rank every caption's image and every image's captions by cosine similarity, exactly.
+
+    Args:
+        texts: features of all captions of the kind.
+        images: features of all images of the data set.
+        pairing: what is ranked.
+        world: ranks that share the work; each gets all results.
+    """
+    of_texts, of_images = similarity_rank_stream(
+        texts.rows(pairing.text_rows),
+        images.rows(pairing.image_rows),
+        x_groups=torch.from_numpy(pairing.text_groups),
+        y_groups=torch.from_numpy(pairing.image_groups),
+        tolerance=TIE_TOLERANCE,
+        device=world.device,
+        gather=world.size > 1,
+    )
+    assert of_images is not None
+    return Directions(ranks_of(of_texts), ranks_of(of_images))
+
+
+def rank_classes(images: UnitRows, classes: torch.Tensor, labels: Rows, world: World) -> Ranks:
+    """Rank of every image's class among all classes.
+
+    Args:
+        images: (N, D).
+        classes: (C, D) unit norm.
+        labels: (N,) class of each image.
+        world: ranks that share the work.
+    """
+    counts, _ = similarity_rank_stream(
+        images,
+        classes,
+        x_groups=torch.from_numpy(labels),
+        y_groups=torch.arange(len(classes)),
+        tolerance=TIE_TOLERANCE,
+        directions="rows",
+        device=world.device,
+        gather=world.size > 1,
+    )
+    return ranks_of(counts)
