@@ -20,6 +20,7 @@ from llm2clip.evaluation.tables import Table, render_markdown, render_text
 from llm2clip.files import write_json, write_text
 from llm2clip.settings import BenchmarkSettings
 
+_TERMINAL = 160  # characters: a wider table is in the files alone
 RESULTS, MARKDOWN, LATEX, REPORT = "results.json", "tables.md", "tables.tex", "report.html"
 
 
@@ -115,5 +116,7 @@ def write_results(out: Path, results: Mapping[str, Any], tables: Sequence[Table]
     write_text(out / LATEX, "\n\n".join(map(render_latex, tables)) + "\n")
     write_text(out / REPORT, page)
     for table in reversed(tables):  # the overview last: that is where the eye is
-        print(f"\n{render_text(table)}")
+        text = render_text(table)
+        if max(map(len, text.splitlines())) <= _TERMINAL:
+            print(f"\n{text}")
     print(f"\nTables: {out / MARKDOWN}, {out / LATEX}. Report: {out / REPORT}")

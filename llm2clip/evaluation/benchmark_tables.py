@@ -8,6 +8,7 @@ from typing import Any
 from llm2clip.evaluation.tables import Table, percent
 
 Row = Mapping[str, Any]
+_SIGN = {"image → text": "I→T", "text → image": "T→I"}
 # a data set with more kinds of captions is one of languages: it gets a table, and one line in the overview
 _MANY_KINDS = 4
 
@@ -16,7 +17,7 @@ def retrieval_tables(results: Mapping[str, Any]) -> list[Table]:
     """Every table that the results have rows for."""
     rows: list[Row] = results["retrieval"]
     many = many_kinds(rows)
-    tables = [overview(rows, many)]
+    tables = [overview(rows, many), paper_table(rows, many)]
     tables += [language_table([row for row in rows if row["dataset"] == name]) for name in many]
     tables.append(full_table([row for row in rows if row["dataset"] not in many]))
     tables.append(comparison_table(results["comparisons"], many))
@@ -85,14 +86,45 @@ def language_table(rows: Sequence[Row]) -> Table:
     chances = [found[(language, *columns[0])]["chance"][k] for language in languages]
     means = [_mean([own[number] for own in values]) for number in range(len(columns))]
     cells.append(["mean", percent(_mean(chances)), *map(percent, means)])
-    sign = {"image → text": "I→T", "text → image": "T→I"}
     title = rows[0]["title"].partition(",")[0]
     return Table(
         f"{title} by language, R@{k}",
         f"Recall at {k} in %, from images to texts (I→T) and from texts to images (T→I).",
-        ["language", "chance", *(f"{model} {sign[direction]}" for model, direction in columns)],
+        ["language", "chance", *(_SIGN[direction] for _, direction in columns)],
         cells,
         1,
+        strong=_strong_columns(cells, models),
+        groups=tuple((model, 2) for model in models),
+    )
+
+
+def _strong_columns(cells: Sequence[Sequence[str]], models: Sequence[str]) -> frozenset[tuple[int, int]]:
+    """The best model in every line of a language table, for each direction."""
+    found: set[tuple[int, int]] = set()
+    for number, row in enumerate(cells):
+        for offset in range(2):
+            own = {2 + offset + 2 * m: float(row[2 + offset + 2 * m]) for m in range(len(models))}
+            if len(own) > 1:
+                found |= {(number, column) for column, value in own.items() if value == max(own.values())}
+    return frozenset(found)
+
+
+def paper_table(rows: Sequence[Row], many: Sequence[str] = ()) -> Table:
+    """The overview with a line per model and a pair of columns per data set, as papers print it."""
+    sideways = overview(rows, many)
+    titles = list(dict.fromkeys(row[0] for row in sideways.rows))
+    names = sideways.header[2:]
+    cells = [[name, *(row[2 + number] for row in sideways.rows)] for number, name in enumerate(names)]
+    strong = frozenset((column - 2, 1 + row) for row, column in sideways.strong)
+    order = [row[1] for row in sideways.rows]
+    return Table(
+        sideways.title + " by model",
+        "Recall in %, from images to texts (I→T) and from texts to images (T→I), the best in bold.",
+        ["model", *(_SIGN[direction] for direction in order)],
+        cells,
+        1,
+        strong=strong,
+        groups=tuple((title, sum(row[0] == title for row in sideways.rows)) for title in titles),
     )
 
 

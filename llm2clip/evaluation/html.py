@@ -64,6 +64,14 @@ def table(content: Table, results: Collection[str] = ()) -> str:
         f'<th scope="col"{"" if column < content.labels else _NUMBER}>{escape(name)}</th>'
         for column, name in enumerate(content.header)
     )
+    spanning = ""
+    if content.groups:
+        before = len(content.header) - sum(count for _, count in content.groups)
+        cells = "".join(
+            f'<th colspan="{count}" scope="colgroup" class="group">{escape(name)}</th>'
+            for name, count in content.groups
+        )
+        spanning = f'<tr><th colspan="{before}"></th>{cells}</tr>'
     lines = []
     blank = [[""] * len(content.header)] * len(content.rows)
     for number, (row, shown, small) in enumerate(
@@ -81,7 +89,7 @@ def table(content: Table, results: Collection[str] = ()) -> str:
         lines.append(f'<tr class="{kind}">{cells}</tr>')
     return (
         f"<h3>{escape(content.title)}</h3><p>{escape(content.note)}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table><thead>{spanning}<tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 

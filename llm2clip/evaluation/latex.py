@@ -31,6 +31,19 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
+def _spanning(table: Table) -> list[str]:
+    """The line of headings that span several columns, and the rules below them."""
+    if not table.groups:
+        return []
+    column = len(table.header) - sum(count for _, count in table.groups)
+    cells, rules = [""] * column, []
+    for name, count in table.groups:
+        cells.append(rf"\multicolumn{{{count}}}{{c}}{{{escape(name)}}}")
+        rules.append(rf"\cmidrule(lr){{{column + 1}-{column + count}}}")
+        column += count
+    return ["    " + " & ".join(cells) + r" \\", "    " + " ".join(rules)]
+
+
 def render_latex(table: Table) -> str:
     """A table environment: caption, label, aligned columns; what stands out is bold, chance is in italics."""
 
@@ -61,6 +74,7 @@ def render_latex(table: Table) -> str:
             rf"  \label{{tab:{label}}}",
             rf"  \begin{{tabular}}{{{columns}}}",
             r"    \toprule",
+            *_spanning(table),
             line(table.header),
             r"    \midrule",
             *body,
