@@ -66,6 +66,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
     _add_configured(
+        commands, "evaluate zero-shot", "classification by class names, prompt ensembles, CuPL", _zero_shot
+    )
+    _add_configured(
         commands, "evaluate retrieval", "benchmarks of image-text retrieval, several models", _retrieval
     )
 
@@ -100,7 +103,7 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (_finetune_llm, _embed, _evaluate, _retrieval, _demo) and not getattr(
+    if args.handler in (_finetune_llm, _embed, _evaluate, _retrieval, _zero_shot, _demo) and not getattr(
         args, "print_config", False
     ):
         from transformers.utils import logging as transformers_logging
@@ -168,6 +171,16 @@ def _retrieval(args: argparse.Namespace) -> int:
         from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
 
         evaluate_retrieval(settings)
+    return 0
+
+
+def _zero_shot(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ZeroShotSettings
+
+    if (settings := _settings(args, ZeroShotSettings)) is not None:
+        from llm2clip.evaluation.benchmark_zero_shot import evaluate_zero_shot
+
+        evaluate_zero_shot(settings)
     return 0
 
 

@@ -47,6 +47,58 @@ def retrieval_page(
     return html.page("Retrieval benchmarks", lead, html.card_row(cards), sections)
 
 
+def classification_page(
+    title: str,
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    what: str,
+    tables: Sequence[Table],
+    samples: Sequence[SampleGroup],
+    charts: str = "",
+) -> str:
+    """The page of a classification benchmark.
+
+    Args:
+        title: heading.
+        results: of the benchmark.
+        rows: its rows `{what, model, scores}`.
+        what: what distinguishes the rows of one model.
+        tables, samples: as they are shown.
+        charts: further charts as HTML.
+    """
+    models = list(results["setup"]["models"])
+    model = shown_model(models)
+    cards = [
+        (
+            f"{row[what]}, top-1",
+            f"{percent(row['scores']['recall']['1'])} %",
+            f"{model}; chance {percent(row['scores']['chance']['1'])} %",
+        )
+        for row in rows
+        if row["model"] == model
+    ]
+    kinds = list(dict.fromkeys(row[what] for row in rows))
+    found = {(row[what], row["model"]): row["scores"] for row in rows}
+    series = {name: [found[kind, name]["recall"]["1"] for kind in kinds] for name in models}
+    chance = [found[kind, models[0]]["chance"]["1"] for kind in kinds]
+    bars = html.chart(recall_bars(kinds, series, chance, f"top-1 by {what}"), "Top-1 accuracy in %.")
+    about = next(iter(results["datasets"].values()))
+    lead = (
+        f"{_count(len(models), 'model')} on {about['images']} images of {about['classes']} classes. Beside every "
+        "figure stands what guessing would give."
+    )
+    note = (
+        "Small figures: 95 % interval (bootstrap over images). Ties are broken at random, in expectation, so features "
+        "that tell nothing apart score chance."
+    )
+    sections = [
+        ("Results", f'{bars}{charts}{_tables(tables)}<p class="note">{note}</p>'),
+        ("Sample images", sample_section(samples, model)),
+        ("Setup", setup_section(results)),
+    ]
+    return html.page(title, lead, html.card_row(cards), sections)
+
+
 def _tables(tables: Sequence[Table]) -> str:
     return "".join(html.table(table) for table in tables)
 
@@ -77,8 +129,8 @@ def sample_section(samples: Sequence[SampleGroup], model: str) -> str:
         f"<h3>{escape(group.heading)}</h3>{''.join(map(html.query, group.queries))}" for group in samples
     ]
     note = (
-        f"<p>Queries of {escape(model)}, hits and misses: the best answers from left to right or top to bottom, the "
-        "right ones framed in green.</p>"
+        f"<p>Hits and misses of {escape(model)}: the best answers from left to right or top to bottom, the right ones "
+        "framed in green.</p>"
     )
     return note + "".join(parts)
 

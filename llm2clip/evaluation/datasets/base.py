@@ -133,30 +133,31 @@ class RetrievalData:
             if len(rows):
                 texts = [captions.texts[row] for row in rows.tolist()]
                 kept.append(CaptionSet(captions.kind, texts, captions.image[rows]))
-        return replace(self, images=FirstImages(self.images, limit), captions=kept)
+        return replace(self, images=SomeImages(self.images, range(limit)), captions=kept)
 
 
-class FirstImages:
-    """The first so many images of a reader."""
+class SomeImages:
+    """Some of the images of a reader, in the order of `rows`."""
 
-    def __init__(self, images: ImageReader, count: int) -> None:
-        self._images, self._count = images, count
+    def __init__(self, images: ImageReader, rows: Sequence[int]) -> None:
+        self._images, self._rows = images, rows
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     def key(self, row: int) -> str:
-        return self._images.key(row)
+        return self._images.key(self._rows[row])
 
     def read(self, row: int) -> bytes:
-        return self._images.read(row)
+        return self._images.read(self._rows[row])
 
     def identity(self) -> str:
-        return f"{self._images.identity()}:{self._count}"
+        rows = np.asarray(self._rows, np.int64).tobytes()
+        return f"{self._images.identity()}:{hashlib.blake2b(rows, digest_size=16).hexdigest()}"
 
     def missing(self) -> list[str]:
-        first = {self._images.key(row) for row in range(self._count)}
-        return [name for name in self._images.missing() if name in first]
+        own = {self.key(row) for row in range(len(self._rows))}
+        return [name for name in self._images.missing() if name in own]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""`llm2clip evaluate zero-shot`: images among class names, with one prompt, an ensemble and CuPL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.errors import DataError
+from llm2clip.evaluation.benchmark import (
+    baseline_of,
+    compare,
+    places,
+    setup_of,
+    shown_model,
+    write_captions,
+    write_results,
+)
+from llm2clip.evaluation.benchmark_report import classification_page
+from llm2clip.evaluation.benchmark_samples import SampleGroup
+from llm2clip.evaluation.benchmark_tables import comparison_table
+from llm2clip.evaluation.class_names import name_classes
+from llm2clip.evaluation.classification import (
+    Predictions,
+    accuracy_table,
+    class_scores,
+    class_table,
+    confusion_table,
+    prediction_samples,
+)
+from llm2clip.evaluation.datasets.labelled import LabelledImages, first_images, open_labelled
+from llm2clip.evaluation.encoders import EncoderOpener
+from llm2clip.evaluation.encoding import check_images, encode_images, encode_texts
+from llm2clip.evaluation.features import FeatureCache, Features, UnitRows
+from llm2clip.evaluation.prompts import PromptSet, prompt_sets
+from llm2clip.evaluation.ranking import rank_classes
+from llm2clip.evaluation.ranks import Ranks
+from llm2clip.settings import ZeroShotSettings
+from llm2clip.training.world import start_world
+from llm2clip_kernels import similarity_topk
+
+_BEST = 5
+_BLOCK = 8192  # images whose predictions are computed at a time
+
+
+def evaluate_zero_shot(settings: ZeroShotSettings) -> dict[str, Any]:
+    """Classify the images with every model and every set of prompts; print the tables and write the report.
+
+    A class is represented by the mean of the unit-norm features of its prompts (CLIP, arXiv 2103.00020, section
+    3.1.4); the class of the highest cosine similarity is the answer.
+
+    Returns:
+        What results.json holds: `zero_shot` rows with top-1 and top-5 accuracy, chance, intervals and the
+        accuracy of every class; `comparisons`, `classes`, `datasets` and `setup`.
+
+    Raises:
+        ConfigError: a setting is missing or unknown.
+        DataError: images, class names or prompts cannot be used.
+        ModelError, StoreError: a model or its captions cannot be used.
+    """
+    begin = time.monotonic()
+    data, names = name_classes(open_labelled(settings.images), settings.classes, settings.classes_key)
+    data = first_images(data, settings.limit)
+    sets = prompt_sets(settings.prompts, names, settings.cupl, settings.classes_key)
+    texts = list(dict.fromkeys(text for one in sets for own in one.prompts for text in own))
+    if settings.prompts_out:
+        count = write_captions(settings.prompts_out, texts)
+        print(f"{count} different prompts in {settings.prompts_out}")
+        return {"prompts": count}
+    title = Path(settings.images).name
+    check_images(data.images, settings, title)
+    out, place = places(settings)
+    with start_world(settings.device, settings.threads) as world:
+        cache = FeatureCache(place, world)
+        opener = EncoderOpener(settings, world.device, place)
+        ranks: dict[tuple[str, str], Ranks] = {}
+        models: dict[str, Any] = {}
+        for label in settings.models:
+            encoder = opener.open(label)
+            models[label] = encoder.describe()
+            encoder.check_texts(texts, "the prompts")
+            features, bad = encode_images(encoder, data.images, cache, settings, what=title)
+            usable = np.flatnonzero(features.valid())
+            labels, images = data.labels[usable], features.rows(usable)
+            prompts = encode_texts(encoder, texts, cache, what="prompts")
+            for one in sets:
+                classes = class_features(one, texts, prompts)
+                ranks[one.title, label] = rank_classes(images, classes, labels, world)
+            del encoder
+        results = _results(ranks, labels, names, settings) | {
+            "classes": names,
+            "datasets": {"images": _describe(title, data, names, bad)},
+            "setup": setup_of(settings, models, time.monotonic() - begin, world.size),
+        }
+        if world.is_main:
+            # of the last model and the last set of prompts, which are those just computed
+            said = _predict(
+                f"{shown_model(models)}, {sets[-1].title}", images, classes, usable, labels, ranks
+            )
+            _write(out, results, said, data, settings)
+        world.barrier()
+    return results
+
+
+def class_features(prompts: PromptSet, texts: Sequence[str], features: Features) -> Tensor:
+    """Unit-norm mean of the unit-norm features of every class's prompts, (C, D) fp32.
+
+    Args:
+        prompts: the prompts of every class.
+        texts: all texts that have features.
+        features: of `texts`.
+    """
+    row_of = {text: row for row, text in enumerate(texts)}
+    unit = features.rows()
+    means = [unit[[row_of[text] for text in own]].mean(dim=0) for own in prompts.prompts]
+    return torch.nn.functional.normalize(torch.stack(means), dim=1)
+
+
+def _results(
+    ranks: Mapping[tuple[str, str], Ranks], labels: Any, names: Sequence[str], settings: ZeroShotSettings
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
+    baseline = baseline_of(settings)
+    for title in dict.fromkeys(title for title, _ in ranks):
+        of_models = {label: own for (other, label), own in ranks.items() if other == title}
+        for label, own in of_models.items():
+            scores = class_scores(own, labels, len(names), settings)
+            rows.append({"prompts": title, "model": label, "scores": scores})
+        if baseline is not None:
+            values = {label: own.recall(1) for label, own in of_models.items()}
+            comparisons += [
+                {"title": title, "measure": "top-1", **row}
+                for row in compare(values, baseline, None, settings)
+            ]
+    return {"zero_shot": rows, "comparisons": comparisons}
+
+
+def _predict(
+    title: str, images: UnitRows, classes: Tensor, rows: Any, labels: Any, ranks: Mapping[Any, Ranks]
+) -> Predictions:
+    parts = [
+        similarity_topk(images[slice(start, start + _BLOCK)], classes, min(_BEST, len(classes)))
+        for start in range(0, len(images), _BLOCK)
+    ]
+    scores, best = (torch.cat(side).numpy() for side in zip(*parts, strict=True))
+    return Predictions(
+        title, rows, labels, best, scores.astype(np.float64), list(ranks.values())[-1].expected_rank()
+    )
+
+
+def _describe(title: str, data: LabelledImages, names: Sequence[str], bad: list[str]) -> dict[str, Any]:
+    if len(data.images) < 2:
+        raise DataError(f"{title}: {len(data.images)} images, expected at least 2")
+    return {"title": title, "images": len(data.images), "classes": len(names), "unusable images": bad}
+
+
+def _write(
+    out: Path, results: Mapping[str, Any], said: Predictions, data: LabelledImages, settings: ZeroShotSettings
+) -> None:
+    names = results["classes"]
+    rows = results["zero_shot"]
+    note = "Accuracy in %; mean per class weighs all classes equally."
+    shown = next(row for row in reversed(rows) if row["model"] == shown_model(results["setup"]["models"]))
+    tables = [
+        accuracy_table(rows, "Zero-shot classification", note, "prompts"),
+        comparison_table(results["comparisons"]),
+        class_table(names, shown["scores"]["per_class"], said.title, settings.worst),
+        confusion_table(said, names, settings.worst),
+    ]
+    tables = [table for table in tables if table.rows]
+    samples = prediction_samples(said, data.images, names, settings)
+    page = classification_page(
+        "Zero-shot classification",
+        results,
+        rows,
+        "prompts",
+        tables,
+        [SampleGroup(f"Images and the classes that {said.title} thinks of", samples)],
+    )
+    write_results(out, results, tables, page)
