@@ -66,6 +66,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
     _add_configured(
+        commands,
+        "evaluate linear-probe",
+        "linear classifier and neighbours on frozen features",
+        _linear_probe,
+    )
+    _add_configured(
         commands, "evaluate zero-shot", "classification by class names, prompt ensembles, CuPL", _zero_shot
     )
     _add_configured(
@@ -103,9 +109,15 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (_finetune_llm, _embed, _evaluate, _retrieval, _zero_shot, _demo) and not getattr(
-        args, "print_config", False
-    ):
+    if args.handler in (
+        _finetune_llm,
+        _embed,
+        _evaluate,
+        _retrieval,
+        _zero_shot,
+        _linear_probe,
+        _demo,
+    ) and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -181,6 +193,16 @@ def _zero_shot(args: argparse.Namespace) -> int:
         from llm2clip.evaluation.benchmark_zero_shot import evaluate_zero_shot
 
         evaluate_zero_shot(settings)
+    return 0
+
+
+def _linear_probe(args: argparse.Namespace) -> int:
+    from llm2clip.settings import LinearProbeSettings
+
+    if (settings := _settings(args, LinearProbeSettings)) is not None:
+        from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
+
+        evaluate_linear_probe(settings)
     return 0
 
 

@@ -123,11 +123,20 @@ def test_the_command_and_its_files(
 ) -> None:
     status = main(
         ["evaluate", "zero-shot", f"models.clip=transformers:{kit.clip}", f"models.ours={kit.first}",
-         f"llm.path={kit.llm}", f"images={settings.images}", f"out={tmp_path / 'out'}", "device=cpu", "limit=30"]
+         f"llm.path={kit.llm}", f"images={settings.images}", f"out={tmp_path / 'out'}", "device=cpu", "limit=30",
+         "worst=3"]
     )  # fmt: skip
     assert status == 0
     shown = capsys.readouterr().out
-    for text in ("Zero-shot classification", "chance", "80 prompts", "mean per class", "Confusions", "worst"):
+    for text in (
+        "Zero-shot classification",
+        "chance",
+        "80 prompts",
+        "mean per class",
+        "Confusions",
+        "worst",
+        "best",
+    ):
         assert text in shown
     page = (tmp_path / "out" / "report.html").read_text()
     assert "ours, 80 prompts thinks of" in page and page.count('class="query"') == 6

@@ -163,7 +163,7 @@ def full_table(rows: Sequence[Row]) -> Table:
     )
 
 
-def comparison_table(rows: Sequence[Row], many: Sequence[str] = ()) -> Table:
+def comparison_table(rows: Sequence[Row], many: Sequence[str] = (), *, heading: str = "prompts") -> Table:
     """Differences from the baseline with paired intervals; certain ones in bold."""
     own = [row for row in rows if row.get("dataset") not in many]
     cells, strong = [], set()
@@ -175,7 +175,7 @@ def comparison_table(rows: Sequence[Row], many: Sequence[str] = ()) -> Table:
         )
         if row["certain"]:
             strong.add((number, len(cells[-1]) - 2))
-    head = ["data set", "direction"] if own and "direction" in own[0] else ["prompts"]
+    head = ["data set", "direction"] if own and "direction" in own[0] else [heading]
     baseline = own[0]["baseline"] if own else ""
     return Table(
         f"Difference from {baseline}",

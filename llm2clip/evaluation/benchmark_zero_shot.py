@@ -31,21 +31,18 @@ from llm2clip.evaluation.classification import (
     class_scores,
     class_table,
     confusion_table,
+    predict,
     prediction_samples,
 )
 from llm2clip.evaluation.datasets.labelled import LabelledImages, first_images, open_labelled
 from llm2clip.evaluation.encoders import EncoderOpener
 from llm2clip.evaluation.encoding import check_images, encode_images, encode_texts
-from llm2clip.evaluation.features import FeatureCache, Features, UnitRows
+from llm2clip.evaluation.features import FeatureCache, Features
 from llm2clip.evaluation.prompts import PromptSet, prompt_sets
 from llm2clip.evaluation.ranking import rank_classes
 from llm2clip.evaluation.ranks import Ranks
 from llm2clip.settings import ZeroShotSettings
 from llm2clip.training.world import start_world
-from llm2clip_kernels import similarity_topk
-
-_BEST = 5
-_BLOCK = 8192  # images whose predictions are computed at a time
 
 
 def evaluate_zero_shot(settings: ZeroShotSettings) -> dict[str, Any]:
@@ -99,9 +96,8 @@ def evaluate_zero_shot(settings: ZeroShotSettings) -> dict[str, Any]:
         }
         if world.is_main:
             # of the last model and the last set of prompts, which are those just computed
-            said = _predict(
-                f"{shown_model(models)}, {sets[-1].title}", images, classes, usable, labels, ranks
-            )
+            last = sets[-1].title, shown_model(models)
+            said = predict(f"{last[1]}, {last[0]}", images, classes, usable, labels, ranks[last])
             _write(out, results, said, data, settings)
         world.barrier()
     return results
@@ -139,19 +135,6 @@ def _results(
                 for row in compare(values, baseline, None, settings)
             ]
     return {"zero_shot": rows, "comparisons": comparisons}
-
-
-def _predict(
-    title: str, images: UnitRows, classes: Tensor, rows: Any, labels: Any, ranks: Mapping[Any, Ranks]
-) -> Predictions:
-    parts = [
-        similarity_topk(images[slice(start, start + _BLOCK)], classes, min(_BEST, len(classes)))
-        for start in range(0, len(images), _BLOCK)
-    ]
-    scores, best = (torch.cat(side).numpy() for side in zip(*parts, strict=True))
-    return Predictions(
-        title, rows, labels, best, scores.astype(np.float64), list(ranks.values())[-1].expected_rank()
-    )
 
 
 def _describe(title: str, data: LabelledImages, names: Sequence[str], bad: list[str]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from llm2clip.evaluation.benchmark_samples import classification_sample
 from llm2clip.evaluation.datasets import ImageReader
@@ -16,8 +18,11 @@ from llm2clip.evaluation.ranks import Ranks, summarise
 from llm2clip.evaluation.samples import QuerySample, draw_queries
 from llm2clip.evaluation.tables import Table, percent
 from llm2clip.settings import BenchmarkSettings
+from llm2clip_kernels import similarity_topk
 
 KS = (1, 5)
+_BEST = 5
+_BLOCK = 8192  # images whose predictions are computed at a time
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -93,14 +98,35 @@ class Predictions:
     ranks: Floats
 
 
+def predict(title: str, images: Any, classes: Tensor, rows: Ints, labels: Ints, ranks: Ranks) -> Predictions:
+    """The best classes of every image, by dot product.
+
+    Args:
+        title: which classifier.
+        images: (N, D) array with slices of rows.
+        classes: (C, D).
+        rows: (N,) rows of the images in their reader.
+        labels: (N,) their classes.
+        ranks: of the right classes.
+    """
+    k = min(_BEST, len(classes))
+    found = [
+        similarity_topk(images[slice(start, start + _BLOCK)], classes, k)
+        for start in range(0, len(images), _BLOCK)
+    ]
+    scores, best = (torch.cat(side).numpy() for side in zip(*found, strict=True))
+    return Predictions(title, rows, labels, best, scores.astype(np.float64), ranks.expected_rank())
+
+
 def class_table(names: Sequence[str], per_class: Sequence[float | None], title: str, count: int) -> Table:
-    """The classes that are recognised worst and best."""
+    """The classes that are recognised worst and best, `count` of each."""
     known = [(value, name) for name, value in zip(names, per_class, strict=True) if value is not None]
     ordered = sorted(known)
-    worst = ordered[:count]
-    best = ordered[max(count, len(ordered) - count) :][::-1]
-    cells = [["worst", name, percent(value)] for value, name in worst]
-    cells += [["best", name, percent(value)] for value, name in best]
+    if len(ordered) <= 2 * count:
+        cells = [["all", name, percent(value)] for value, name in ordered]
+    else:
+        cells = [["worst", name, percent(value)] for value, name in ordered[:count]]
+        cells += [["best", name, percent(value)] for value, name in ordered[: -count - 1 : -1]]
     return Table(
         "Classes", f"Top-1 accuracy of {title} in % for single classes.", ["", "class", "top-1"], cells, 2
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from llm2clip.evaluation.datasets.base import CaptionSet
-from llm2clip.evaluation.features import Features, UnitRows
+from llm2clip.evaluation.features import Features
 from llm2clip.evaluation.ranks import TIE_TOLERANCE, Ranks, group_ids, ranks_of
 from llm2clip.training.world import World
 from llm2clip_kernels import similarity_rank_stream
@@ -86,12 +87,12 @@ def rank_directions(texts: Features, images: Features, pairing: Pairing, world: 
     return Directions(ranks_of(of_texts), ranks_of(of_images))
 
 
-def rank_classes(images: UnitRows, classes: torch.Tensor, labels: Rows, world: World) -> Ranks:
-    """Rank of every image's class among all classes.
+def rank_classes(images: Any, classes: torch.Tensor, labels: Rows, world: World) -> Ranks:
+    """Rank of every image's class among all classes, by dot product.
 
     Args:
-        images: (N, D).
-        classes: (C, D) unit norm.
+        images: (N, D) array with `shape` and slices of rows.
+        classes: (C, D).
         labels: (N,) class of each image.
         world: ranks that share the work.
     """
