@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.errors import ModelError, StoreError
-from llm2clip.evaluation.features import FeatureCache
+from llm2clip.evaluation.features import FeatureCache, Joined
 from llm2clip.training.world import World
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,7 +52,11 @@ def test_rows_come_back_in_any_order(tmp_path: Path) -> None:
     rows = features.rows(wanted)
     unit = torch.nn.functional.normalize(values_of(wanted.tolist()), dim=1)
     assert rows.shape == (6, DIM) and torch.equal(rows[1:4], unit[1:4]) and torch.equal(rows[[5]], unit[5:])
-    assert torch.equal(features.rows()[:], torch.nn.functional.normalize(values_of(range(11)), dim=1))
+    everything = features.rows()
+    assert torch.equal(everything[:], torch.nn.functional.normalize(values_of(range(11)), dim=1))
+    joined = Joined(rows, everything)
+    assert joined.shape == (17, DIM) and torch.equal(joined[4:9], torch.cat([unit[4:], everything[:3]]))
+    assert torch.equal(joined[[16, 0]], torch.stack([everything[10:][0], unit[0]]))
 
 
 def test_a_stopped_job_goes_on_and_a_finished_one_computes_nothing(tmp_path: Path) -> None:

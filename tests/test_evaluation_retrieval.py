@@ -293,6 +293,25 @@ def test_own_data_beside_a_benchmark(kit: Kit, settings: RetrievalSettings, tmp_
     }  # fmt: skip
 
 
+def test_distractors_fill_the_gallery_and_ask_nothing(settings: RetrievalSettings, tmp_path: Path) -> None:
+    alone = evaluate_retrieval(settings)
+    members = members_of([f"x{number}" for number in range(40)])
+    write_tar(tmp_path / "more.tar", [*members, ("bad.png", b"no image"), ("bad.txt", b"a caption")])
+    full = replace(settings, distractors=(str(tmp_path / "more.tar"),), out=str(tmp_path / "full"))
+    with pytest.raises(DataError, match="1 of the 41 images of distractors cannot be used"):
+        evaluate_retrieval(full)
+    results = evaluate_retrieval(replace(full, max_bad_share=0.05, samples=20))
+    for label in settings.models:
+        more, less = (found(r, label, "text → image") for r in (results, alone))
+        assert (more["queries"], more["gallery"]) == (120, 24 + 40)
+        assert more["chance"]["1"] == pytest.approx(1 / 64) and more["median_rank"] > less["median_rank"]
+        assert more["recall"]["5"] <= less["recall"]["5"]
+        # images ask among the captions, which are the same
+        assert found(results, label, "image → text") == found(alone, label, "image → text")
+    assert results["datasets"]["distractors"]["images"] == 41
+    assert "of 64" in (tmp_path / "full" / "report.html").read_text()
+
+
 def check_ranks(rank: int, world: int, given: RetrievalSettings, wanted: dict[str, Any]) -> None:
     def start(*_: Any) -> Any:
         import contextlib

@@ -82,7 +82,7 @@ def classification_page(
     series = {name: [found[kind, name]["recall"]["1"] for kind in kinds] for name in models}
     chance = [found[kind, models[0]]["chance"]["1"] for kind in kinds]
     bars = html.chart(recall_bars(kinds, series, chance, f"top-1 by {what}"), "Top-1 accuracy in %.")
-    about = next(iter(results["datasets"].values()))
+    about = results["datasets"].get("test") or next(iter(results["datasets"].values()))
     lead = (
         f"{_count(len(models), 'model')} on {about['images']} images of {about['classes']} classes. Beside every "
         "figure stands what guessing would give."

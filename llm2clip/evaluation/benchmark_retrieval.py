@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm2clip.errors import ConfigError, DataError
 from llm2clip.evaluation.benchmark import (
     baseline_of,
@@ -20,12 +22,19 @@ from llm2clip.evaluation.benchmark import (
 from llm2clip.evaluation.benchmark_report import retrieval_page
 from llm2clip.evaluation.benchmark_samples import retrieval_samples
 from llm2clip.evaluation.benchmark_tables import retrieval_tables
-from llm2clip.evaluation.datasets import Request, RetrievalData, open_dataset, open_own
+from llm2clip.evaluation.datasets import (
+    ImageReader,
+    Request,
+    RetrievalData,
+    open_dataset,
+    open_own,
+    open_strangers,
+)
 from llm2clip.evaluation.encoders import DualEncoder, EncoderOpener
 from llm2clip.evaluation.encoding import check_images, encode_images, encode_texts
 from llm2clip.evaluation.features import FeatureCache
 from llm2clip.evaluation.measured import DIRECTIONS, Measured
-from llm2clip.evaluation.ranking import pair_up, rank_directions
+from llm2clip.evaluation.ranking import pair_up, rank_directions, with_strangers
 from llm2clip.evaluation.ranks import summarise
 from llm2clip.settings import RetrievalSettings
 from llm2clip.training.world import start_world
@@ -58,7 +67,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     with start_world(settings.device, settings.threads) as world:
         cache = FeatureCache(place, world)
         opener = EncoderOpener(settings, world.device, place)
-        measured = [Measured(one, captions) for one in data for captions in one.captions]
+        strangers = open_strangers(settings.distractors) if settings.distractors else None
+        measured = [Measured(one, captions, strangers=strangers) for one in data for captions in one.captions]
         bad: dict[str, list[str]] = {}
         models: dict[str, Any] = {}
         for label in settings.models:
@@ -66,12 +76,20 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
             models[label] = encoder.describe()
             for one in data:
                 encoder.check_texts([t for c in one.captions for t in c.texts], one.title)
+            if strangers is not None:
+                features, bad["distractors"] = encode_images(
+                    encoder, strangers, cache, settings, what="distractors"
+                )
+                rows = features.rows(np.flatnonzero(features.valid()))
+                for kind in measured:
+                    kind.of_strangers[label] = rows
             for one in data:
                 own = [kind for kind in measured if kind.data is one]
                 bad[one.name] = _measure(encoder, one, own, cache, settings)
             del encoder
         results = _results(measured, settings) | {
-            "datasets": {one.name: _describe(one, bad[one.name]) for one in data},
+            "datasets": {one.name: _describe(one, bad[one.name]) for one in data}
+            | _describe_strangers(strangers, bad.get("distractors", [])),
             "setup": setup_of(settings, models, time.monotonic() - begin, world.size),
         }
         if world.is_main:
@@ -124,10 +142,14 @@ def _measure(
         texts = encode_texts(encoder, kind.captions.texts, cache, what=kind.title)
         if kind.pairing is None:
             kind.pairing = pair_up(kind.captions, usable, equal_match=data.equal_match)
+            if encoder.label in kind.of_strangers:
+                kind.pairing = with_strangers(kind.pairing, len(kind.of_strangers[encoder.label]))
         elif not usable[kind.pairing.image_rows].all():
             raise DataError(f"images of {data.title} vanished while the models were measured; start again")
         kind.texts[encoder.label], kind.images[encoder.label] = texts, images
-        kind.ranks[encoder.label] = rank_directions(texts, images, kind.pairing, cache.world)
+        kind.ranks[encoder.label] = rank_directions(
+            kind.queries(encoder.label), kind.gallery(encoder.label), kind.pairing, cache.world
+        )
     return bad
 
 
@@ -169,6 +191,12 @@ def _describe(data: RetrievalData, bad: list[str]) -> dict[str, Any]:
         "unusable images": bad,
         "credit": dict(data.meta),
     }
+
+
+def _describe_strangers(images: ImageReader | None, bad: list[str]) -> dict[str, Any]:
+    if images is None:
+        return {}
+    return {"distractors": {"title": "distractors", "images": len(images), "unusable images": bad}}
 
 
 def _write(

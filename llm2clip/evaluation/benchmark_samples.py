@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llm2clip.data.images import decode_image
 from llm2clip.evaluation.benchmark import shown_model
 from llm2clip.evaluation.datasets import ImageReader
-from llm2clip.evaluation.features import UnitRows
+from llm2clip.evaluation.features import Rows
 from llm2clip.evaluation.measured import DIRECTIONS, Direction, Measured
 from llm2clip.evaluation.samples import ANSWERS, Answer, QuerySample, draw_queries, thumbnail
 from llm2clip.settings import BenchmarkSettings
@@ -48,14 +48,14 @@ def _queries(kind: Measured, direction: Direction, settings: BenchmarkSettings) 
     label = shown_model(kind.ranks)
     pairing = kind.pairing
     assert pairing is not None
-    texts = kind.texts[label].rows(pairing.text_rows)
-    images = kind.images[label].rows(pairing.image_rows)
-    picture = partial(_picture, kind.data.images, pairing.image_rows)
+    texts, images = kind.queries(label), kind.gallery(label)
+    picture = partial(_picture, kind)
     to_image = direction == "text → image"
     ranks = kind.of(direction)[label].expected_rank()
     count = settings.samples if to_image else (settings.samples + 1) // 2
     chosen = draw_queries(ranks, count, settings.seed)
-    queries, answers = (texts, images) if to_image else (images, texts)
+    queries: Rows = texts if to_image else images
+    answers: Rows = images if to_image else texts
     groups = (pairing.text_groups, pairing.image_groups)
     own, others = groups if to_image else groups[::-1]
     shown = []
@@ -88,7 +88,7 @@ def _queries(kind: Measured, direction: Direction, settings: BenchmarkSettings) 
 
 
 def _listed(
-    queries: UnitRows, answers: UnitRows, query: int, right: npt.NDArray[np.int64], rank: float
+    queries: Rows, answers: Rows, query: int, right: npt.NDArray[np.int64], rank: float
 ) -> list[tuple[int, int, float]]:
     """(place, row, similarity) of the best answers, and of the best right one where it is not among them."""
     asked = queries[[query]]
@@ -105,8 +105,15 @@ def _listed(
     return listed
 
 
-def _picture(images: ImageReader, image_rows: npt.NDArray[np.int64], row: int) -> bytes:
-    number = int(image_rows[row])
+def _picture(kind: Measured, row: int) -> bytes:
+    assert kind.pairing is not None
+    rows, images = kind.pairing.image_rows, kind.data.images
+    if row < len(rows):
+        number = int(rows[row])
+    else:
+        assert kind.strangers is not None
+        images = kind.strangers
+        number = int(kind.of_strangers[shown_model(kind.ranks)].numbers[row - len(rows)])
     return thumbnail(decode_image(images.read(number), key=images.key(number)))
 
 

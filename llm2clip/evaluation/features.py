@@ -65,18 +65,45 @@ class Features:
 
 
 class UnitRows:
-    """Rows of `Features` in some order, normalised when they are read; an array to the retrieval ops."""
+    """Rows of `Features` in some order, normalised when they are read; an array to the retrieval ops.
+
+    Attributes:
+        numbers: which rows they are.
+    """
 
     def __init__(self, features: Features, rows: npt.NDArray[np.int64]) -> None:
-        self.features, self._rows = features, np.asarray(rows, np.int64)
-        self.shape = (len(self._rows), features.shape[1])
+        self._features, self.numbers = features, np.asarray(rows, np.int64)
+        self.shape = (len(self.numbers), features.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, part: slice | npt.NDArray[np.int64] | list[int]) -> Tensor:
-        values = torch.from_numpy(self.features.gather(np.atleast_1d(self._rows[part])))
+        values = torch.from_numpy(self._features.gather(np.atleast_1d(self.numbers[part])))
         return torch.nn.functional.normalize(values, dim=1)
+
+
+class Joined:
+    """Arrays of rows, one after the other, as one."""
+
+    def __init__(self, *parts: UnitRows) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.shape = (int(self._starts[-1]), parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice | npt.NDArray[np.int64] | list[int]) -> Tensor:
+        rows = np.atleast_1d(np.arange(len(self))[part])
+        out = torch.empty(len(rows), self.shape[1])
+        for start, own in zip(self._starts.tolist(), self._parts, strict=False):
+            inside = (rows >= start) & (rows < start + len(own))
+            out[torch.from_numpy(inside)] = own[rows[inside] - start]
+        return out
+
+
+Rows = UnitRows | Joined
 
 
 class FeatureCache:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llm2clip.evaluation.datasets import CaptionSet, RetrievalData
-from llm2clip.evaluation.features import Features
+from llm2clip.evaluation.datasets import CaptionSet, ImageReader, RetrievalData
+from llm2clip.evaluation.features import Features, Joined, Rows, UnitRows
 from llm2clip.evaluation.ranking import Directions, Pairing
 from llm2clip.evaluation.ranks import Ranks
 
@@ -25,6 +25,8 @@ class Measured:
         texts: model -> features of the captions.
         images: model -> features of the images.
         ranks: model -> ranks.
+        strangers: more images of the gallery, which belong to no caption; None: there are none.
+        of_strangers: model -> their features.
     """
 
     data: RetrievalData
@@ -33,12 +35,25 @@ class Measured:
     texts: dict[str, Features] = field(default_factory=dict)
     images: dict[str, Features] = field(default_factory=dict)
     ranks: dict[str, Directions] = field(default_factory=dict)
+    strangers: ImageReader | None = None
+    of_strangers: dict[str, UnitRows] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """Name in the tables."""
         kind = self.captions.kind
         return self.data.title if kind == "captions" else f"{self.data.title}, {kind}"
+
+    def queries(self, label: str) -> UnitRows:
+        """Features of the captions that are ranked."""
+        assert self.pairing is not None
+        return self.texts[label].rows(self.pairing.text_rows)
+
+    def gallery(self, label: str) -> Rows:
+        """Features of the images that are ranked, the strangers last."""
+        assert self.pairing is not None
+        own = self.images[label].rows(self.pairing.image_rows)
+        return Joined(own, self.of_strangers[label]) if label in self.of_strangers else own
 
     def of(self, direction: Direction) -> dict[str, Ranks]:
         """Model -> ranks in one direction."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 
 from llm2clip.evaluation.datasets.base import CaptionSet
-from llm2clip.evaluation.features import Features
+from llm2clip.evaluation.features import Rows
 from llm2clip.evaluation.ranks import TIE_TOLERANCE, Ranks, group_ids, ranks_of
 from llm2clip.training.world import World
 from llm2clip_kernels import similarity_rank_stream
+from llm2clip_kernels.similarity_rank import RankCounts
 
-Rows = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class Pairing:
     Attributes:
         image_rows: (I,) rows of the images that have such a caption and can be used.
         text_rows: (T,) captions of these images.
-        image_groups: (I,), and
-        text_groups: (T,): equal ids belong together.
+        image_groups: (I,) or more, and
+        text_groups: (T,): equal ids belong together, an id below 0 to nothing.
         text_images: (T,) row of each caption's image: captions of one image are no independent queries.
     """
 
-    image_rows: Rows
-    text_rows: Rows
-    image_groups: Rows
-    text_groups: Rows
-    text_images: Rows
+    image_rows: Ints
+    text_rows: Ints
+    image_groups: Ints
+    text_groups: Ints
+    text_images: Ints
 
 
 def pair_up(captions: CaptionSet, usable: npt.NDArray[np.bool_], *, equal_match: bool) -> Pairing:
@@ -57,6 +58,12 @@ def pair_up(captions: CaptionSet, usable: npt.NDArray[np.bool_], *, equal_match:
     return Pairing(image_rows, text_rows, image_groups, text_groups, owner)
 
 
+def with_strangers(pairing: Pairing, count: int) -> Pairing:
+    """The same with `count` more images in the gallery, which belong to no caption."""
+    groups = np.concatenate([pairing.image_groups, np.full(count, -1)])
+    return replace(pairing, image_groups=groups)
+
+
 @dataclass(frozen=True)
 class Directions:
     """Ranks of both directions."""
@@ -65,18 +72,18 @@ class Directions:
     image_to_text: Ranks
 
 
-def rank_directions(texts: Features, images: Features, pairing: Pairing, world: World) -> Directions:
+def rank_directions(texts: Rows, images: Rows, pairing: Pairing, world: World) -> Directions:
     """Rank every caption's image and every image's captions by cosine similarity, exactly.
 
     Args:
-        texts: features of all captions of the kind.
-        images: features of all images of the data set.
-        pairing: what is ranked.
+        texts: features of the captions of `pairing`.
+        images: features of its images; those that belong to no caption are answers and never queries.
+        pairing: what belongs together.
         world: ranks that share the work; each gets all results.
     """
     of_texts, of_images = similarity_rank_stream(
-        texts.rows(pairing.text_rows),
-        images.rows(pairing.image_rows),
+        texts,
+        images,
         x_groups=torch.from_numpy(pairing.text_groups),
         y_groups=torch.from_numpy(pairing.image_groups),
         tolerance=TIE_TOLERANCE,
@@ -84,10 +91,18 @@ def rank_directions(texts: Features, images: Features, pairing: Pairing, world: 
         gather=world.size > 1,
     )
     assert of_images is not None
-    return Directions(ranks_of(of_texts), ranks_of(of_images))
+    asked = of_images.right > 0
+    queries = RankCounts(
+        of_images.above[asked],
+        of_images.tied[asked],
+        of_images.tied_right[asked],
+        of_images.right[asked],
+        of_images.candidates,
+    )
+    return Directions(ranks_of(of_texts), ranks_of(queries))
 
 
-def rank_classes(images: Any, classes: torch.Tensor, labels: Rows, world: World) -> Ranks:
+def rank_classes(images: Any, classes: torch.Tensor, labels: Ints, world: World) -> Ranks:
     """Rank of every image's class among all classes, by dot product.
 
     Args:

@@ -84,6 +84,9 @@ class RetrievalSettings(BenchmarkSettings):
         None, "at most so many captions of an image; null: as papers do (5 for flickr30k and coco, else all)"
     )
     data: DataSettings = setting(factory=DataSettings, help="own data: `val` is evaluated")
+    distractors: tuple[str, ...] = setting(
+        (), "sources (docs/data-formats.md) whose images join every gallery and belong to no caption"
+    )
     ks: tuple[int, ...] = setting((1, 5, 10), "recall is measured at these ranks")
     captions_out: str = setting(
         "", "write every caption to this .jsonl, for `llm2clip embed data.val=FILE`, and stop"

@@ -12,7 +12,7 @@ from llm2clip.evaluation.datasets.dci import open_dci
 from llm2clip.evaluation.datasets.docci import open_docci
 from llm2clip.evaluation.datasets.karpathy import open_coco, open_flickr30k
 from llm2clip.evaluation.datasets.sharegpt4v import open_sharegpt4v
-from llm2clip.evaluation.datasets.sources import open_openstax, open_own
+from llm2clip.evaluation.datasets.sources import open_openstax, open_own, open_strangers
 from llm2clip.evaluation.datasets.urban1k import open_urban1k
 from llm2clip.evaluation.datasets.xm3600 import open_xm3600
 
@@ -47,4 +47,13 @@ def open_dataset(name: str, request: Request) -> RetrievalData:
     return READERS[name](request)
 
 
-__all__ = ["READERS", "CaptionSet", "ImageReader", "Request", "RetrievalData", "open_dataset", "open_own"]
+__all__ = [
+    "READERS",
+    "CaptionSet",
+    "ImageReader",
+    "Request",
+    "RetrievalData",
+    "open_dataset",
+    "open_own",
+    "open_strangers",
+]

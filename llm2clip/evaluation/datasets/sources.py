@@ -28,7 +28,7 @@ class SourceImages:
     """
 
     def __init__(self, source: Source, rows: Sequence[int], keys: Sequence[str]) -> None:
-        self._source, self._rows, self._keys = source, list(rows), list(keys)
+        self._source, self._rows, self._keys = source, rows, keys
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,6 +64,12 @@ def open_own(data: DataSettings) -> RetrievalData:
     source = open_source(data.val, limit=data.limit)
     require_caption_fields(source, [name for names in fields.values() for name in names])
     return _collect(source, "data", "own data", fields, data.max_bad_share)
+
+
+def open_strangers(paths: Sequence[str]) -> SourceImages:
+    """Every image of some sources, to fill a gallery with."""
+    source = open_source(paths)
+    return SourceImages(source, range(len(source)), [f"{source.name}:{row}" for row in range(len(source))])
 
 
 def open_openstax(request: Request) -> RetrievalData:
