@@ -24,7 +24,9 @@ from llm2clip.training.world import World
 _BLOCK = 16384  # rows whose logits exist at a time
 _ROUNDS = 2  # of refining around the best decay of the grid
 _HISTORY = 10
-_GRADIENT = 1e-6  # largest component of the gradient at the end
+_GRADIENT = 1e-8  # largest component of the gradient at the end, where rounding allows it
+# products of a pass up to which fp64 costs little: there the minimum is reached to the last digit on any number of ranks
+_SMALL = 1 << 31
 Ints = npt.NDArray[np.int64]
 
 
@@ -116,13 +118,15 @@ class Problem:
 
     def __init__(self, rows: StandardRows, labels: Ints, classes: int, world: World) -> None:
         self.shape, self._world, self._total = (classes, rows.shape[1]), world, len(rows)
+        small = self._total * self.shape[0] * self.shape[1] <= _SMALL
+        self._dtype = torch.float64 if small else torch.float32
         share = np.array_split(np.arange(len(rows)), world.size)[world.rank]
         start, stop = (int(share[0]), int(share[-1]) + 1) if len(share) else (0, 0)
         self._blocks: list[tuple[Tensor, Tensor]] = []
         for first in range(start, stop, _BLOCK):
             part = slice(first, min(first + _BLOCK, stop))
             own = torch.from_numpy(labels[part]).to(world.device)
-            self._blocks.append((rows[part].to(world.device), own))
+            self._blocks.append((rows[part].to(world.device, self._dtype), own))
 
     def fit(self, decay: float, start: Tensor | None = None, iterations: int = 1000) -> Tensor:
         """The weights (C, D + 1) fp64 of the minimum; the last column is the bias.
@@ -154,11 +158,11 @@ class Problem:
         return weights.detach()
 
     def _loss(self, weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-        single = weights.float()
+        typed = weights.to(self._dtype)
         result = torch.zeros(1 + weights.numel(), dtype=torch.float64, device=weights.device)
         gradient = result[1:].view_as(weights)
         for rows, labels in self._blocks:
-            logits = rows @ single.T
+            logits = rows @ typed.T
             lse = logits.logsumexp(dim=1)
             own = labels[:, None]
             result[0] += (lse - logits.gather(1, own)[:, 0]).double().sum()
