@@ -25,7 +25,7 @@ _BLOCK = 16384  # rows whose logits exist at a time
 _ROUNDS = 2  # of refining around the best decay of the grid
 _HISTORY = 10
 _GRADIENT = 1e-8  # largest component of the gradient at the end, where rounding allows it
-# products of a pass up to which fp64 costs little: there the minimum is reached to the last digit on any number of ranks
+# products of a pass up to which fp64 costs little: there the minimum is the same on any number of ranks
 _SMALL = 1 << 31
 Ints = npt.NDArray[np.int64]
 
@@ -143,7 +143,7 @@ class Problem:
             max_iter=iterations,
             max_eval=2 * iterations,
             tolerance_grad=_GRADIENT,
-            tolerance_change=1e-12,
+            tolerance_change=1e-12 if self._dtype == torch.float32 else 1e-16,
             history_size=_HISTORY,
             line_search_fn="strong_wolfe",
         )
