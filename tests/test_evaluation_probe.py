@@ -142,7 +142,7 @@ def check_ranks(rank: int, world: int, root: str) -> None:
     rows, labels, _ = problem(Path(root) / "ranks", world=here)
     alone, _, _ = problem(Path(root) / "alone")
     assert torch.allclose(rows[slice(0, 300)], alone[slice(0, 300)], atol=1e-5)
-    weights = Problem(rows, labels, CLASSES, here).fit(1e-2)
+    weights = Problem(rows, labels, CLASSES, here).fit(1.0)
     torch.testing.assert_close(weights, torch.load(Path(root) / "weights.pt"), atol=1e-4, rtol=1e-4)
     values, test_labels = blobs(31, seed=1)
     test = stored(values, Path(root) / "test", here).rows()
@@ -155,7 +155,7 @@ def check_ranks(rank: int, world: int, root: str) -> None:
 @pytest.mark.dist
 def test_ranks_share_the_rows(tmp_path: Path) -> None:
     rows, labels, _ = problem(tmp_path / "alone")
-    torch.save(Problem(rows, labels, CLASSES, ALONE).fit(1e-2), tmp_path / "weights.pt")
+    torch.save(Problem(rows, labels, CLASSES, ALONE).fit(1.0), tmp_path / "weights.pt")
     values, test_labels = blobs(31, seed=1)
     test = stored(values, tmp_path / "test_alone").rows()
     found = neighbour_ranks(
