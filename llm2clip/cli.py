@@ -65,17 +65,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(commands, "evaluate retrieval", "benchmarks of image-text retrieval", _retrieval)
+    _add_configured(commands, "evaluate zero-shot", "classification by class names in prompts", _zero_shot)
     _add_configured(
-        commands,
-        "evaluate linear-probe",
-        "linear classifier and neighbours on frozen features",
-        _linear_probe,
-    )
-    _add_configured(
-        commands, "evaluate zero-shot", "classification by class names, prompt ensembles, CuPL", _zero_shot
-    )
-    _add_configured(
-        commands, "evaluate retrieval", "benchmarks of image-text retrieval, several models", _retrieval
+        commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
     )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")

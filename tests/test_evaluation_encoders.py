@@ -36,7 +36,7 @@ def test_transformers_models_give_their_own_features(tmp_path: Path, kind: str) 
     folder = save_clip(tmp_path / kind, kind)
     encoder = opened(tmp_path, f"transformers:{folder}")
     model = AutoModel.from_pretrained(folder).eval()
-    pixels = AutoImageProcessor.from_pretrained(folder, use_fast=False)(images=IMAGES, return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=IMAGES, return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(folder)(
         TEXTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
     )

@@ -206,7 +206,10 @@ def test_classes_that_differ_are_told_apart(settings: LinearProbeSettings, tmp_p
     assert results["classes"] == ["a dark", "b grey", "c light"]
     assert len(results["sweeps"]["ours"]["decays"]) == 7
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Validation accuracy of the linear probe by weight decay" in page and "Test images" in page
+    assert (
+        "Validation accuracy of the linear probe by weight decay" in page
+        and "Images and the classes that ours" in page
+    )
     tower = evaluate_linear_probe(replace(settings, layer="tower"))
     assert tower["linear_probe"] != results["linear_probe"]
 

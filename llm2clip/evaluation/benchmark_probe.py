@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,10 @@ import torch
 
 from llm2clip.errors import ConfigError, DataError
 from llm2clip.evaluation import html
-from llm2clip.evaluation.benchmark import baseline_of, compare, places, setup_of, shown_model, write_results
-from llm2clip.evaluation.benchmark_report import classification_page
-from llm2clip.evaluation.benchmark_samples import SampleGroup
-from llm2clip.evaluation.benchmark_tables import comparison_table
+from llm2clip.evaluation.benchmark import places, setup_of, shown_model
 from llm2clip.evaluation.class_names import name_classes
-from llm2clip.evaluation.classification import (
-    Ints,
-    Predictions,
-    accuracy_table,
-    class_scores,
-    class_table,
-    confusion_table,
-    predict,
-    prediction_samples,
-)
+from llm2clip.evaluation.classification import Ints, classification_rows, predict
+from llm2clip.evaluation.classification_report import write_classification
 from llm2clip.evaluation.datasets.labelled import LabelledImages, first_images, open_labelled
 from llm2clip.evaluation.encoders import DualEncoder, EncoderOpener
 from llm2clip.evaluation.encoding import check_images, encode_images
@@ -111,7 +99,10 @@ def evaluate_linear_probe(settings: LinearProbeSettings) -> dict[str, Any]:
             own, sweeps[label], weights, tested = _probe(parts, len(names), settings, world)
             ranks |= {(title, label): found for title, found in own.items()}
         test = parts["test"]
-        results = _results(ranks, test.labels(), names, settings) | {
+        rows, comparisons = classification_rows(ranks, test.labels(), len(names), "classifier", settings)
+        results = {
+            "linear_probe": rows,
+            "comparisons": comparisons,
             "sweeps": {label: _tried(sweep) for label, sweep in sweeps.items()},
             "classes": names,
             "datasets": {name: _describe(part, names, bad[name]) for name, part in parts.items()},
@@ -122,7 +113,20 @@ def evaluate_linear_probe(settings: LinearProbeSettings) -> dict[str, Any]:
             said = predict(
                 f"{model}, {PROBE}", tested, weights, test.rows(), test.labels(), ranks[PROBE, model]
             )
-            _write(out, results, said, test.data, settings)
+            layer = "projected features" if settings.layer == "projected" else "features of the tower"
+            write_classification(
+                out,
+                results,
+                rows,
+                said,
+                test.data.images,
+                what="classifier",
+                title="Linear probe and nearest neighbours",
+                note=f"Accuracy in % on {layer}, standardised for the probe and of unit norm for neighbours.",
+                settings=settings,
+                worst=settings.worst,
+                charts=_curves(sweeps),
+            )
         world.barrier()
     return results
 
@@ -230,26 +234,6 @@ def _warn_of_edges(sweep: Sweep, settings: LinearProbeSettings, world: World) ->
         )
 
 
-def _results(
-    ranks: Mapping[tuple[str, str], Ranks], labels: Ints, names: list[str], settings: LinearProbeSettings
-) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    comparisons: list[dict[str, Any]] = []
-    baseline = baseline_of(settings)
-    for title in dict.fromkeys(title for title, _ in ranks):
-        of_models = {label: own for (other, label), own in ranks.items() if other == title}
-        for label, own in of_models.items():
-            scores = class_scores(own, labels, len(names), settings)
-            rows.append({"classifier": title, "model": label, "scores": scores})
-        if baseline is not None:
-            values = {label: own.recall(1) for label, own in of_models.items()}
-            comparisons += [
-                {"title": title, "measure": "top-1", **row}
-                for row in compare(values, baseline, None, settings)
-            ]
-    return {"linear_probe": rows, "comparisons": comparisons}
-
-
 def _tried(sweep: Sweep) -> dict[str, Any]:
     decays, accuracies = sweep.sorted()
     return {"best_decay": sweep.best(), "decays": decays, "accuracies": accuracies}
@@ -261,34 +245,13 @@ def _describe(part: Part, names: list[str], bad: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(
-    out: Path,
-    results: Mapping[str, Any],
-    said: Predictions,
-    test: LabelledImages,
-    settings: LinearProbeSettings,
-) -> None:
-    rows, names = results["linear_probe"], results["classes"]
-    model = shown_model(results["setup"]["models"])
-    shown = next(row for row in rows if (row["classifier"], row["model"]) == (PROBE, model))
-    layer = "projected features" if settings.layer == "projected" else "features of the tower"
-    note = f"Accuracy in % on {layer}, standardised for the probe and of unit norm for neighbours."
-    tables = [
-        accuracy_table(rows, "Linear probe and nearest neighbours", note, "classifier"),
-        comparison_table(results["comparisons"], heading="classifier"),
-        class_table(names, shown["scores"]["per_class"], said.title, settings.worst),
-        confusion_table(said, names, settings.worst),
-    ]
-    tables = [table for table in tables if table.rows]
-    curves = {
-        label: (tried["decays"], [100 * accuracy for accuracy in tried["accuracies"]])
-        for label, tried in results["sweeps"].items()
-    }
-    chart = html.chart(
+def _curves(sweeps: Mapping[str, Sweep]) -> str:
+    """The chart of what the sweeps found."""
+    curves = {}
+    for label, sweep in sweeps.items():
+        decays, accuracies = sweep.sorted()
+        curves[label] = (decays, [100 * accuracy for accuracy in accuracies])
+    return html.chart(
         lines_over(curves, "weight decay", "%", "validation accuracy by weight decay"),
         "Validation accuracy of the linear probe by weight decay.",
     )
-    samples = prediction_samples(said, test.images, names, settings)
-    group = SampleGroup(f"Test images and the classes that {said.title} thinks of (logits)", samples)
-    page = classification_page("Linear probe", results, rows, "classifier", tables, [group], chart)
-    write_results(out, results, tables, page)

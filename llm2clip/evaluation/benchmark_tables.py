@@ -154,7 +154,7 @@ def full_table(rows: Sequence[Row]) -> Table:
                 strong |= _best([row[column] for row in cells[start:]], start, column)
     return Table(
         "Image–text retrieval, all figures",
-        "Recall in %, with its 95 % interval in the report; median rank of the best right answer.",
+        "Recall in % (95 % intervals: report.html and results.json); median rank of the best right answer.",
         ["data set", "direction", "model", *(f"R@{k}" for k in ks), "median rank", "queries", "gallery"],
         cells,
         3,

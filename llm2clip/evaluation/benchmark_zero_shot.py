@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,10 @@ import torch
 from torch import Tensor
 
 from llm2clip.errors import DataError
-from llm2clip.evaluation.benchmark import (
-    baseline_of,
-    compare,
-    places,
-    setup_of,
-    shown_model,
-    write_captions,
-    write_results,
-)
-from llm2clip.evaluation.benchmark_report import classification_page
-from llm2clip.evaluation.benchmark_samples import SampleGroup
-from llm2clip.evaluation.benchmark_tables import comparison_table
+from llm2clip.evaluation.benchmark import places, setup_of, shown_model, write_captions
 from llm2clip.evaluation.class_names import name_classes
-from llm2clip.evaluation.classification import (
-    Predictions,
-    accuracy_table,
-    class_scores,
-    class_table,
-    confusion_table,
-    predict,
-    prediction_samples,
-)
+from llm2clip.evaluation.classification import classification_rows, predict
+from llm2clip.evaluation.classification_report import write_classification
 from llm2clip.evaluation.datasets.labelled import LabelledImages, first_images, open_labelled
 from llm2clip.evaluation.encoders import EncoderOpener
 from llm2clip.evaluation.encoding import check_images, encode_images, encode_texts
@@ -89,7 +71,10 @@ def evaluate_zero_shot(settings: ZeroShotSettings) -> dict[str, Any]:
                 classes = class_features(one, texts, prompts)
                 ranks[one.title, label] = rank_classes(images, classes, labels, world)
             del encoder
-        results = _results(ranks, labels, names, settings) | {
+        rows, comparisons = classification_rows(ranks, labels, len(names), "prompts", settings)
+        results = {
+            "zero_shot": rows,
+            "comparisons": comparisons,
             "classes": names,
             "datasets": {"images": _describe(title, data, names, bad)},
             "setup": setup_of(settings, models, time.monotonic() - begin, world.size),
@@ -98,7 +83,18 @@ def evaluate_zero_shot(settings: ZeroShotSettings) -> dict[str, Any]:
             # of the last model and the last set of prompts, which are those just computed
             last = sets[-1].title, shown_model(models)
             said = predict(f"{last[1]}, {last[0]}", images, classes, usable, labels, ranks[last])
-            _write(out, results, said, data, settings)
+            write_classification(
+                out,
+                results,
+                rows,
+                said,
+                data.images,
+                what="prompts",
+                title="Zero-shot classification",
+                note="Accuracy in %; mean per class weighs all classes equally.",
+                settings=settings,
+                worst=settings.worst,
+            )
         world.barrier()
     return results
 
@@ -117,53 +113,7 @@ def class_features(prompts: PromptSet, texts: Sequence[str], features: Features)
     return torch.nn.functional.normalize(torch.stack(means), dim=1)
 
 
-def _results(
-    ranks: Mapping[tuple[str, str], Ranks], labels: Any, names: Sequence[str], settings: ZeroShotSettings
-) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    comparisons: list[dict[str, Any]] = []
-    baseline = baseline_of(settings)
-    for title in dict.fromkeys(title for title, _ in ranks):
-        of_models = {label: own for (other, label), own in ranks.items() if other == title}
-        for label, own in of_models.items():
-            scores = class_scores(own, labels, len(names), settings)
-            rows.append({"prompts": title, "model": label, "scores": scores})
-        if baseline is not None:
-            values = {label: own.recall(1) for label, own in of_models.items()}
-            comparisons += [
-                {"title": title, "measure": "top-1", **row}
-                for row in compare(values, baseline, None, settings)
-            ]
-    return {"zero_shot": rows, "comparisons": comparisons}
-
-
 def _describe(title: str, data: LabelledImages, names: Sequence[str], bad: list[str]) -> dict[str, Any]:
     if len(data.images) < 2:
         raise DataError(f"{title}: {len(data.images)} images, expected at least 2")
     return {"title": title, "images": len(data.images), "classes": len(names), "unusable images": bad}
-
-
-def _write(
-    out: Path, results: Mapping[str, Any], said: Predictions, data: LabelledImages, settings: ZeroShotSettings
-) -> None:
-    names = results["classes"]
-    rows = results["zero_shot"]
-    note = "Accuracy in %; mean per class weighs all classes equally."
-    shown = next(row for row in reversed(rows) if row["model"] == shown_model(results["setup"]["models"]))
-    tables = [
-        accuracy_table(rows, "Zero-shot classification", note, "prompts"),
-        comparison_table(results["comparisons"]),
-        class_table(names, shown["scores"]["per_class"], said.title, settings.worst),
-        confusion_table(said, names, settings.worst),
-    ]
-    tables = [table for table in tables if table.rows]
-    samples = prediction_samples(said, data.images, names, settings)
-    page = classification_page(
-        "Zero-shot classification",
-        results,
-        rows,
-        "prompts",
-        tables,
-        [SampleGroup(f"Images and the classes that {said.title} thinks of", samples)],
-    )
-    write_results(out, results, tables, page)

@@ -180,10 +180,11 @@ class FeatureCache:
         values: npt.NDArray[np.float32],
     ) -> None:
         given = ~np.isnan(values).all(axis=1)
-        if not np.isfinite(values[given]).all():
+        broken = own[given & ~np.isfinite(values).all(axis=1)]
+        if len(broken):
             raise ModelError(
-                f"features of item {int(own[given][~np.isfinite(values[given]).all(axis=1)][0])} are NaN or infinite; "
-                "the model or the store is damaged, or the precision is too low"
+                f"{folder.name.partition('-')[0]}: features of item {broken[0]} are NaN or infinite; the model or the "
+                "store is damaged, or the precision is too low"
             )
         block = self._read(folder, number, rows)
         if block is not None and not given.any():

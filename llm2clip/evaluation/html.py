@@ -71,7 +71,7 @@ def table(content: Table, results: Collection[str] = ()) -> str:
             f'<th colspan="{count}" scope="colgroup" class="group">{escape(name)}</th>'
             for name, count in content.groups
         )
-        spanning = f'<tr><th colspan="{before}"></th>{cells}</tr>'
+        spanning = f'<tr><td colspan="{before}"></td>{cells}</tr>'
     lines = []
     blank = [[""] * len(content.header)] * len(content.rows)
     for number, (row, shown, small) in enumerate(

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llm2clip.data.sources import MAX_MEMBER_BYTES
 from llm2clip.errors import BadSampleError, DataError
-
-MAX_IMAGE_BYTES = 256 << 20
 
 
 class ImageReader(Protocol):
@@ -56,9 +55,9 @@ class ImageFiles:
     def read(self, row: int) -> bytes:
         path = self.folder / self._names[row]
         try:
-            if path.stat().st_size > MAX_IMAGE_BYTES:
+            if path.stat().st_size > MAX_MEMBER_BYTES:
                 raise BadSampleError(
-                    self._names[row], f"its image has more than the {MAX_IMAGE_BYTES} bytes allowed"
+                    self._names[row], f"its image has more than the {MAX_MEMBER_BYTES} bytes allowed"
                 )
             return path.read_bytes()
         except OSError as error:

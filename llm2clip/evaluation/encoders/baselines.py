@@ -55,7 +55,7 @@ class TransformersEncoder(DualEncoder):
         try:
             model: Any = AutoModel.from_pretrained(path, **options)
             # the processors on PIL need no torchvision, and give what the weights were trained with
-            processor: Any = AutoImageProcessor.from_pretrained(path, use_fast=False, **options)
+            processor: Any = AutoImageProcessor.from_pretrained(path, backend="pil", **options)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ModelError(f"{label}: {path} cannot be loaded with transformers: {error}") from error
