@@ -69,6 +69,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "embed texts", "caption features of a CLIP model, into a store", _embed_texts)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(commands, "evaluate retrieval", "benchmarks of image-text retrieval", _retrieval)
+    _add_configured(commands, "evaluate zero-shot", "classification by class names in prompts", _zero_shot)
+    _add_configured(
+        commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
+    )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -105,7 +110,9 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    loads = (_finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _demo)
+    loads = (
+        _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _retrieval, _zero_shot, _linear_probe, _demo
+    )  # fmt: skip
     if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
 
@@ -184,6 +191,36 @@ def _evaluate(args: argparse.Namespace) -> int:
         from llm2clip.evaluation import evaluate
 
         evaluate(settings)
+    return 0
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    from llm2clip.settings import RetrievalSettings
+
+    if (settings := _settings(args, RetrievalSettings)) is not None:
+        from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
+
+        evaluate_retrieval(settings)
+    return 0
+
+
+def _zero_shot(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ZeroShotSettings
+
+    if (settings := _settings(args, ZeroShotSettings)) is not None:
+        from llm2clip.evaluation.benchmark_zero_shot import evaluate_zero_shot
+
+        evaluate_zero_shot(settings)
+    return 0
+
+
+def _linear_probe(args: argparse.Namespace) -> int:
+    from llm2clip.settings import LinearProbeSettings
+
+    if (settings := _settings(args, LinearProbeSettings)) is not None:
+        from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
+
+        evaluate_linear_probe(settings)
     return 0
 
 

@@ -12,7 +12,10 @@ from llm2clip.settings import (
     EmbedTextsSettings,
     EvaluateSettings,
     FinetuneLLMSettings,
+    LinearProbeSettings,
+    RetrievalSettings,
     TrainSettings,
+    ZeroShotSettings,
 )
 
 COMMANDS: tuple[type, ...] = (
@@ -22,6 +25,9 @@ COMMANDS: tuple[type, ...] = (
     EmbedTextsSettings,
     TrainSettings,
     EvaluateSettings,
+    RetrievalSettings,
+    ZeroShotSettings,
+    LinearProbeSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

@@ -5,6 +5,14 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
+from llm2clip.settings.benchmarks import (
+    BenchmarkSettings,
+    EvaluationPrecision,
+    Layer,
+    LinearProbeSettings,
+    RetrievalSettings,
+    ZeroShotSettings,
+)
 from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
 from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
@@ -29,6 +37,7 @@ from llm2clip.settings.llm import (
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
+    "BenchmarkSettings",
     "CaptionLossSettings",
     "CaptionSettings",
     "ClipLossSettings",
@@ -38,9 +47,12 @@ __all__ = [
     "EmbedSettings",
     "EmbedTextsSettings",
     "EvaluateSettings",
+    "EvaluationPrecision",
     "FinetuneLLMSettings",
     "LLMSettings",
+    "Layer",
     "Layout",
+    "LinearProbeSettings",
     "LoraSettings",
     "MaskingSettings",
     "ModelSettings",
@@ -50,12 +62,14 @@ __all__ = [
     "Pooling",
     "Precision",
     "Quantization",
+    "RetrievalSettings",
     "RunSettings",
     "StoreDtype",
     "TeacherSettings",
     "Template",
     "TrainSettings",
     "VisionSettings",
+    "ZeroShotSettings",
     "at_least",
     "setting",
 ]
