@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llm2clip.data.store import EmbeddingStore
-from llm2clip.data.store_format import digest_array, fingerprint_difference, preview
+from llm2clip.data.store_format import fingerprint_difference, preview
+from llm2clip.data.store_lookup import digest_array
 from llm2clip.errors import ModelError, StoreError
 from llm2clip.evaluation.features import FeatureCache
 from llm2clip.models.caption_encoder import CaptionEncoder
