@@ -69,6 +69,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "embed texts", "caption features of a CLIP model, into a store", _embed_texts)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(
+        commands, "evaluate caption-retrieval", "captions that look for captions (CRA)", _caption_retrieval
+    )
     _add_configured(commands, "evaluate retrieval", "benchmarks of image-text retrieval", _retrieval)
     _add_configured(commands, "evaluate zero-shot", "classification by class names in prompts", _zero_shot)
     _add_configured(
@@ -111,7 +114,8 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
     loads = (
-        _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _retrieval, _zero_shot, _linear_probe, _demo
+        _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _caption_retrieval, _retrieval, _zero_shot,
+        _linear_probe, _demo,
     )  # fmt: skip
     if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
@@ -191,6 +195,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         from llm2clip.evaluation import evaluate
 
         evaluate(settings)
+    return 0
+
+
+def _caption_retrieval(args: argparse.Namespace) -> int:
+    from llm2clip.settings import CaptionRetrievalSettings
+
+    if (settings := _settings(args, CaptionRetrievalSettings)) is not None:
+        from llm2clip.evaluation.caption_benchmark import evaluate_captions
+
+        evaluate_captions(settings)
     return 0
 
 

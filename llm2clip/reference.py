@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llm2clip.config import iter_fields, type_name
 from llm2clip.settings import (
+    CaptionRetrievalSettings,
     EmbedImagesSettings,
     EmbedSettings,
     EmbedTextsSettings,
@@ -25,6 +26,7 @@ COMMANDS: tuple[type, ...] = (
     EmbedTextsSettings,
     TrainSettings,
     EvaluateSettings,
+    CaptionRetrievalSettings,
     RetrievalSettings,
     ZeroShotSettings,
     LinearProbeSettings,

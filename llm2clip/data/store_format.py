@@ -95,6 +95,16 @@ def shard_specs(rows: int, dim: int, dtype: StoreDtype) -> dict[str, TensorSpec]
     }
 
 
+LOOKUP_BYTES = 20.5
+"""What a caption takes in the table of addresses: address, row, share of the buckets."""
+
+
+def bytes_per_caption(dim: int, dtype: StoreDtype) -> float:
+    """What a caption takes on disk: embedding, scale, address, its share of checksums and of the lookup table."""
+    rows = BLOCK_ROWS
+    return sum(spec.nbytes for spec in shard_specs(rows, dim, dtype).values()) / rows + LOOKUP_BYTES
+
+
 class BlockChecks:
     """CRC-32 of every block of `BLOCK_ROWS` rows, over its part of each tensor in the order of the file.
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from llm2clip.data.images import decode_image
 from llm2clip.evaluation.benchmark import shown_model
@@ -61,7 +62,7 @@ def _queries(kind: Measured, direction: Direction, settings: BenchmarkSettings) 
     shown = []
     for query in chosen:
         right = np.flatnonzero(others == own[query])
-        listed = _listed(queries, answers, query, right, ranks[query])
+        listed = best_answers(queries, answers, query, right, ranks[query])
         captions = (
             [kind.captions.texts[pairing.text_rows[row]] for _, row, _ in listed] if not to_image else []
         )
@@ -87,8 +88,8 @@ def _queries(kind: Measured, direction: Direction, settings: BenchmarkSettings) 
     return shown
 
 
-def _listed(
-    queries: Rows, answers: Rows, query: int, right: npt.NDArray[np.int64], rank: float
+def best_answers(
+    queries: Rows | Tensor, answers: Rows | Tensor, query: int, right: npt.NDArray[np.int64], rank: float
 ) -> list[tuple[int, int, float]]:
     """(place, row, similarity) of the best answers, and of the best right one where it is not among them."""
     asked = queries[[query]]

@@ -101,9 +101,8 @@ def query(sample: QuerySample) -> str:
     asked = f"<blockquote>{escape(_shorten(sample.text))}</blockquote>" if sample.text else ""
     shown = image(sample.picture, "query image")
     answers = "".join(_answer(answer, place) for place, answer in enumerate(sample.answers))
-    listing = (
-        f'<div class="row">{answers}</div>' if sample.picture is None else f'<ul class="texts">{answers}</ul>'
-    )
+    pictures = any(answer.picture is not None for answer in sample.answers)
+    listing = f'<div class="row">{answers}</div>' if pictures else f'<ul class="texts">{answers}</ul>'
     place = f'<span class="place">of {sample.gallery}</span>'
     return f'<article class="query"><div class="asked">{badge}{place}{asked}{shown}</div>{listing}</article>'
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip.evaluation.ranks import KS
+
+_NOTE_WIDTH = 110  # characters of a line of explanation on a terminal
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def render_text(table: Table) -> str:
         return "  ".join(aligned).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([table.title, table.note, "", line(header), rule, *map(line, rows)])
+    note = textwrap.fill(table.note, _NOTE_WIDTH)
+    return "\n".join([table.title, note, "", line(header), rule, *map(line, rows)])
 
 
 def render_markdown(table: Table) -> str:

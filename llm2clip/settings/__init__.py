@@ -13,6 +13,7 @@ from llm2clip.settings.benchmarks import (
     RetrievalSettings,
     ZeroShotSettings,
 )
+from llm2clip.settings.caption_retrieval import CaptionRetrievalSettings
 from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
 from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
@@ -39,6 +40,7 @@ from llm2clip.settings.run import OptimSettings, RunSettings
 __all__ = [
     "BenchmarkSettings",
     "CaptionLossSettings",
+    "CaptionRetrievalSettings",
     "CaptionSettings",
     "ClipLossSettings",
     "DataSettings",
