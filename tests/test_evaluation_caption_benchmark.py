@@ -266,5 +266,10 @@ def test_the_command(known: CaptionRetrievalSettings, root: Path, capsys: pytest
     ]  # fmt: skip
     assert main(["evaluate", "caption-retrieval", *arguments]) == 0
     assert "Caption retrieval accuracy (CRA): coco" in capsys.readouterr().out
+    assert (
+        main(["evaluate", "caption-retrieval", arguments[0], f"captions_out={root / 'captions.jsonl'}"]) == 0
+    )
+    written = [json.loads(line)["caption"] for line in (root / "captions.jsonl").read_text().splitlines()]
+    assert sorted(written) == sorted(FIRST + SECOND)
     assert main(["evaluate", "caption-retrieval", arguments[0]]) == 2
     assert "error: out is empty" in capsys.readouterr().err

@@ -284,3 +284,51 @@ def test_the_command_names_damage_and_says_what_to_do(
     assert main(["store", "convert", str(tmp_path / "s"), str(tmp_path / "t"), "--dtype", "int8"]) == 2
     assert "unfinished" in capsys.readouterr().err
     assert main(["store", "verify", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_command_embeds_again_what_was_lost_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm2clip.embed import embed
+    from llm2clip.models import CaptionEncoder
+    from llm2clip.settings import DataSettings, EmbedSettings, LLMSettings
+    from tests.tiny_models import save_tiny
+
+    records = [{"caption": f"s{n}", "alt": f"l{n}"} for n in range(1500)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    llm = save_tiny(tmp_path / "llm")
+    store = embed(
+        EmbedSettings(
+            data=DataSettings(train=(str(data),)), llm=LLMSettings(path=str(llm), dim=8),
+            out=str(tmp_path / "store"), device="cpu", dtype="fp8",
+        )
+    )  # fmt: skip
+    assert store.dim == 8 and store.fingerprint["dim"] == 8
+    names = [text for record in records for text in record.values()]
+    expected = store.get(names)
+    shard = tmp_path / "store" / StoreIndex.load(tmp_path / "store").shards[0].file
+    flip(shard, "scales", 1100)
+    encoded: list[int] = []
+    right = CaptionEncoder.encode_tokens
+
+    def counted(self: CaptionEncoder, tokens: list[object], **options: object) -> torch.Tensor:
+        encoded.append(len(tokens))
+        return right(self, tokens, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CaptionEncoder, "encode_tokens", counted)
+    command = ["store", "repair", str(tmp_path / "store"), f"data.train={data}", "device=cpu"]
+    # another encoder could not make what was lost: nothing is dropped
+    assert main([*command, f"llm.path={llm}", "llm.dim=7"]) == 2
+    assert "dim: stored 8, expected 7" in capsys.readouterr().err and shard.exists()
+    assert main([*command, f"llm.path={llm}", "llm.dim=8"]) == 0
+    assert sum(encoded) == 1024
+    assert "dropped 1024 captions and embedded them again; the store has 3000" in capsys.readouterr().out
+    again = EmbeddingStore.open(tmp_path / "store")
+    assert again.complete and verify_store(tmp_path / "store").ok
+    torch.testing.assert_close(again.get(names), expected, atol=1e-5, rtol=1e-5)
+    # what is not in the data given is gone, and that is said
+    flip(tmp_path / "store" / StoreIndex.load(tmp_path / "store").shards[0].file, "digests", 0)
+    data.write_text(json.dumps(records[-1]) + "\n")
+    assert main([*command, f"llm.path={llm}", "llm.dim=8"]) == 0
+    assert "of them are not in the data given" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2clip.data.store_format import bytes_per_caption
 from llm2clip.errors import ConfigError
-from llm2clip.evaluation.benchmark import write_results
+from llm2clip.evaluation.benchmark import write_captions, write_results
 from llm2clip.evaluation.bootstrap import paired_difference
 from llm2clip.evaluation.caption_benchmark_report import caption_page
 from llm2clip.evaluation.caption_benchmark_tables import caption_tables
@@ -93,7 +93,7 @@ def evaluate_captions(settings: CaptionRetrievalSettings) -> dict[str, Any]:
         ModelError, StoreError: an encoder cannot be used, or a store lacks captions.
     """
     begin = time.monotonic()
-    if not settings.out:
+    if not settings.out and not settings.captions_out:
         raise ConfigError("out is empty; give the directory of results.json, the tables and report.html")
     if not settings.sets and not settings.sts:
         raise ConfigError(
@@ -101,24 +101,22 @@ def evaluate_captions(settings: CaptionRetrievalSettings) -> dict[str, Any]:
         )
     if settings.threads > 0:
         torch.set_num_threads(settings.threads)
-    openers = encoder_openers(settings, resolve_device(settings.device))
-    if settings.baseline and settings.baseline not in openers:
-        raise ConfigError(f"baseline: {settings.baseline!r} is none of the encoders: {', '.join(openers)}")
     data = {name: open_captions(name, settings) for name in settings.sets}
     similar = {name: read_sentence_pairs(name, Path(path)) for name, path in settings.sts.items()}
     for name, one in data.items():
         for reason, keys in one.left_out.items():
             print(f"{name}: {len(keys)} of {one.images} images left out, {reason}", file=sys.stderr)
+    texts = [text for one in data.values() for text in one.texts()]
     texts = list(
-        dict.fromkeys(
-            text
-            for group in (
-                *(one.texts() for one in data.values()),
-                *((*s.first, *s.second) for s in similar.values()),
-            )
-            for text in group
-        )
+        dict.fromkeys([*texts, *(t for pairs in similar.values() for t in (*pairs.first, *pairs.second))])
     )
+    if settings.captions_out:
+        count = write_captions(settings.captions_out, texts)
+        print(f"{count} different captions in {settings.captions_out}")
+        return {"captions": count}
+    openers = encoder_openers(settings, resolve_device(settings.device))
+    if settings.baseline and settings.baseline not in openers:
+        raise ConfigError(f"baseline: {settings.baseline!r} is none of the encoders: {', '.join(openers)}")
     job = _Job(settings, data, similar, {text: row for row, text in enumerate(texts)})
     models: dict[str, Any] = {}
     samples: dict[str, Any] = {}

@@ -61,6 +61,9 @@ class CaptionRetrievalSettings:
         (), "also measure embeddings as a store of this precision returns them"
     )
     out: str = setting("", "directory of results.json, tables.md, tables.tex and report.html")
+    captions_out: str = setting(
+        "", "write every caption to this .jsonl, for `llm2clip embed data.val=FILE`, and stop"
+    )
     token_budget: int = setting(
         0, "tokens per forward pass, padding included; 0: 1024 on a CPU, 8192 elsewhere"
     )
