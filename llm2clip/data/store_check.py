@@ -63,8 +63,8 @@ class StoreReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {self.rows} captions in {self.shards} shards, {self.bytes / 2**20:.1f} MiB, "
-            + ("complete" if self.complete else "unfinished")
+            f"{self.path}: {self.rows} captions in {self.shards} shard{'' if self.shards == 1 else 's'}, "
+            f"{self.bytes / 2**20:.1f} MiB, " + ("complete" if self.complete else "unfinished")
         ]
         for file, damage in self.damaged.items():
             lines.append(f"  damaged: {file}: {damage.reason}")
@@ -75,11 +75,7 @@ class StoreReport:
         lines += [f"  left over from an interrupted write, ignored: {name}" for name in self.stray]
         if self.duplicates:
             lines.append(f"  {self.duplicates} captions are stored twice")
-        if self.damaged:
-            lines.append(
-                f"  repair it: llm2clip store repair {self.path}, with the settings of llm2clip embed"
-            )
-        elif self.ok:
+        if self.ok:
             lines.append(
                 "  all checksums agree"
                 if self.checksums

@@ -220,6 +220,8 @@ class DigestIndex:
 
     def table(self) -> AddressTable:
         """Everything in one sorted table."""
+        if not self._recent and len(self._tables()) == 1:
+            return self._tables()[0]
         keys = as_digests(np.frombuffer(b"".join(self._recent), dtype=np.uint8))
         recent = np.fromiter(self._recent.values(), np.int64, len(self._recent))
         tables = self._tables()
