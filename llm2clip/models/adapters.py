@@ -82,6 +82,34 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     return Adapter(folder, config, tensors, dict(read_encoder_config(folder).get("base") or {}))
 
 
+def adapt(
+    model: nn.Module,
+    merge: Sequence[str | os.PathLike[str]] = (),
+    adapter: str | os.PathLike[str] | None = None,
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Merge the adapters `merge` into a model, in order, and put `adapter` on top.
+
+    Returns:
+        The model, and what an adapter trained on it would record as its base; None where that is not known yet,
+        since hashing the weights takes a while.
+
+    Raises:
+        ModelError: an adapter is missing or damaged, or was made for another model.
+    """
+    chain = [read_adapter(folder) for folder in (*merge, *([adapter] if adapter else []))]
+    record = None
+    # hashed before they are changed, or to be compared
+    if merge or any(link.base for link in chain):
+        record = base_record(model)
+        for number, link in enumerate(chain):
+            _check_base(link, record | _merged_record(chain[:number]))
+        record |= _merged_record(chain[: len(merge)])
+    model = merge_adapters(model, chain[: len(merge)])
+    if adapter:
+        model = load_adapter(model, chain[-1])
+    return model, record
+
+
 def load_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A peft model over `model` with an adapter, frozen.
 
@@ -163,19 +191,19 @@ def base_record(model: Any) -> dict[str, Any]:
     return record
 
 
-def merged_record(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def _merged_record(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What is added to `base_record` for adapters that are merged into the model, in order."""
     return {"merged": [adapter.digest() for adapter in adapters]} if adapters else {}
 
 
-def check_base(adapter: Adapter, record: dict[str, Any]) -> None:
+def _check_base(adapter: Adapter, record: dict[str, Any]) -> None:
     """Make sure that an adapter of ours meets the weights that it was trained on.
 
     Other people's adapters, and quantised weights, leave nothing to compare but names and shapes.
 
     Args:
         adapter: any adapter.
-        record: `base_record` and `merged_record` of the model that it is put on.
+        record: `base_record` and `_merged_record` of the model that it is put on.
 
     Raises:
         ModelError: the base model, or what was merged into it, is another one.

@@ -7,7 +7,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,14 +16,7 @@ from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, write_json
 from llm2clip.models import bidirectional as attention
 from llm2clip.models import lora, packed
-from llm2clip.models.adapters import (
-    base_record,
-    check_base,
-    load_adapter,
-    merge_adapters,
-    merged_record,
-    read_adapter,
-)
+from llm2clip.models.adapters import adapt, base_record
 from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
 from llm2clip.models.llm_files import DTYPES, ENCODER_CONFIG, load_llm, read_encoder_config, write_llm
 from llm2clip.models.packed import PackedBatch
@@ -37,7 +29,6 @@ from llm2clip.settings import Layout, LLMSettings, LoraSettings, Pooling, Precis
 
 log = logging.getLogger(__name__)
 
-_SHORT = 128  # tokens; the plain products keep (B, H, L, L) for the backward pass
 # CPU: products run at full speed from a few hundred tokens on, and their operands should stay in the cache
 _TOKEN_BUDGETS = {"cpu": 1024}
 _TOKEN_BUDGET = 8192
@@ -161,17 +152,7 @@ class CaptionEncoder(nn.Module):
             "template": None if template == "auto" and "template" in recorded else template,
         }
         options = {name: _choose(name, value, recorded) for name, value in given.items()}
-        chain = [read_adapter(folder) for folder in (*merge, *([adapter] if adapter else []))]
-        record = None
-        # hashing the weights takes a while: only where it matters before they are changed, or for a comparison
-        if merge or any(link.base for link in chain):
-            record = base_record(model)
-            for number, link in enumerate(chain):
-                check_base(link, record | merged_record(chain[:number]))
-            record |= merged_record(chain[: len(merge)])
-        model = merge_adapters(model, chain[: len(merge)])
-        if adapter:
-            model = load_adapter(model, chain[-1])
+        model, record = adapt(model, merge, adapter)
         if not is_quantized(model):
             model = model.to(device)
         chosen = recorded.get("dim") if dim is None else dim
@@ -270,7 +251,7 @@ class CaptionEncoder(nn.Module):
             return states
         base = lora.base_model(self.model)
         mask = attention.attention_mask(base, batch.attention_mask, bidirectional=self.bidirectional)
-        with _attention_kernel(batch.input_ids):
+        with attention.attention_kernel(batch.input_ids):
             output = self.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
         padded: Tensor = output.last_hidden_state
         return padded
@@ -451,16 +432,6 @@ def _layout(
         log.info("captions are padded, %s cannot run packed: %s", type(model).__name__, reason)
         return "padded"
     return "packed"
-
-
-def _attention_kernel(ids: Tensor) -> AbstractContextManager[None]:
-    # torch's fused CPU attention has a slow bf16 backward: with short captions it takes a third of a LoRA
-    # step, and plain matrix products save most of that. Both passes of a gradient cache must take the same.
-    if ids.device.type == "cpu" and torch.is_autocast_enabled("cpu") and ids.shape[1] <= _SHORT:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def _choose(name: str, given: Any, recorded: dict[str, Any]) -> Any:
