@@ -19,6 +19,8 @@ from llm2clip.data.store_lookup import (
     DigestIndex,
     as_digests,
     caption_digest,
+    count_doubles,
+    different,
     digest_array,
     digest_array_python,
     open_lookup,
@@ -166,6 +168,19 @@ def test_a_table_of_other_captions_is_refused(tmp_path: Path, monkeypatch: pytes
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(StoreError, match="llm2clip store repair"):
         EmbeddingStore.open(tmp_path)
+
+
+def test_doubles_are_counted_and_dropped() -> None:
+    digests = random_digests(500)
+    assert count_doubles(digests) == 0 and len(different([digests])) == 500
+    half = digests.copy()
+    half[:, 1] += np.uint64(1)  # the same first halves, other addresses
+    assert count_doubles(np.concatenate([digests, half])) == 0
+    many = np.concatenate([digests, half, digests[:7], digests[:3]])
+    assert count_doubles(many[np.random.default_rng(0).permutation(len(many))]) == 10
+    assert len(different([digests, half, digests[:7]])) == 1000
+    assert {row.tobytes() for row in different([many])} == {row.tobytes() for row in many}
+    assert count_doubles(digests[:0]) == count_doubles(digests[:1]) == 0 and len(different([])) == 0
 
 
 def test_bytes_become_addresses() -> None:

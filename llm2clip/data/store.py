@@ -45,10 +45,6 @@ class EmbeddingStore:
     """
 
     def __init__(self, path: Path, index: StoreIndex, dim: int | None = None) -> None:
-        if dim is not None and not 1 <= dim <= index.dim:
-            raise StoreError(
-                f"{path} holds embeddings of dimension {index.dim}; the first {dim} were asked for"
-            )
         self.path = path
         self.dim: int = index.dim if dim is None else dim
         self.stored_dim: int = index.dim
@@ -72,10 +68,14 @@ class EmbeddingStore:
             dim: read only the first values of each embedding, as Matryoshka training allows; None: all.
 
         Raises:
-            StoreError: there is no store, or a shard is missing, cut or has no valid header.
+            StoreError: there is no store, a shard is missing, cut or has no valid header, or `dim` is too large.
         """
         root = Path(path)
         index = StoreIndex.load(root)
+        if dim is not None and not 1 <= dim <= index.dim:
+            raise StoreError(
+                f"{root} holds embeddings of dimension {index.dim}; the first {dim} were asked for"
+            )
         for _ in range(_OPEN_ATTEMPTS):
             try:
                 return cls(root, index, dim)

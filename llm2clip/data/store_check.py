@@ -16,7 +16,7 @@ from llm2clip.data.store_format import (
     StoreIndex,
     wrong_blocks,
 )
-from llm2clip.data.store_lookup import AddressTable, as_digests, different
+from llm2clip.data.store_lookup import AddressTable, as_digests, count_doubles
 from llm2clip.data.store_rows import check_tensors
 from llm2clip.data.tensorfile import map_tensors, tensor_layout
 from llm2clip.errors import StoreError
@@ -111,7 +111,7 @@ def verify_store(path: str | os.PathLike[str], *, checksums: bool = True) -> Sto
         complete=index.complete,
         damaged=damaged,
         stray=[file.name for file in stray_files(root, index)],
-        duplicates=sum(map(len, digests)) - len(different(digests)),
+        duplicates=count_doubles(np.concatenate(digests)) if digests else 0,
         checksums=checksums,
     )
 

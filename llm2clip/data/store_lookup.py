@@ -71,6 +71,15 @@ def different(digests: Sequence[Digests]) -> Digests:
     return joined[new]
 
 
+def count_doubles(digests: Digests) -> int:
+    """How many of the addresses (n, 2) are there already."""
+    order = np.argsort(digests[:, 0])
+    high = digests[order, 0]
+    same = np.flatnonzero(high[1:] == high[:-1])
+    rows = order[np.unique(np.concatenate([same, same + 1]))]
+    return len(rows) - len(different([digests[rows]]))
+
+
 @dataclass(frozen=True, slots=True)
 class AddressTable:
     """Rows of addresses, sorted by the address's first half.

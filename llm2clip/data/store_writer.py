@@ -213,9 +213,10 @@ class StoreWriter:
         self._lookup = open_lookup(self.path, self._index)
 
     def absorb(self, other: str | os.PathLike[str]) -> int:
-        """Copy what the store at `other` has and this one lacks, in its stored precision.
+        """Take over what the store at `other` has and this one lacks, bit by bit.
 
-        Interrupted anywhere, it can be called again. Returns the number of captions copied.
+        Whole shards of new captions become links to the same data where the file system has them; the rest is
+        copied. Interrupted anywhere, it can be called again. Returns the number of captions taken over.
 
         Raises:
             StoreError: `other` was made by another encoder or is damaged.

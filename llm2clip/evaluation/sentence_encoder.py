@@ -72,36 +72,41 @@ class SentenceEncoder(TextEncoder):
             seconds = time.perf_counter() - start
             progress.update(len(texts))
             return Encoded(values, seconds)
-        self._embed(texts[:WARM_UP], None)
+        self._embed(self._tokenize(texts[:WARM_UP])[0])
         start = time.perf_counter()
-        values, lengths = self._embed(texts, progress)
-        seconds = time.perf_counter() - start
-        return Encoded(values, seconds, sum(min(length, self._length) for length in lengths),
-                       sum(length > self._length for length in lengths))  # fmt: skip
+        ids, cut = self._tokenize(texts)
+        values = self._embed(ids, progress)
+        return Encoded(values, time.perf_counter() - start, sum(map(len, ids)), cut)
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """(token ids of each text, cut to the limit; how many were cut)."""
+        # one token more than is used tells which ones are too long
+        ids = self._tokenizer(list(texts), truncation=True, max_length=self._length + 1)["input_ids"]
+        long = [row for row, own in enumerate(ids) if len(own) > self._length]
+        if long:
+            # again, so that the special token at the end stays
+            cut = self._tokenizer([texts[row] for row in long], truncation=True, max_length=self._length)
+            for row, own in zip(long, cut["input_ids"], strict=True):
+                ids[row] = own
+        return ids, len(long)
 
     @torch.no_grad()
-    def _embed(self, texts: Sequence[str], progress: Progress | None) -> tuple[Tensor, list[int]]:
-        """(embeddings (n, dim), tokens of each text before cutting)."""
-        whole = self._tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        lengths = [len(ids) for ids in whole]
-        cut = [min(length, self._length) for length in lengths]
+    def _embed(self, ids: Sequence[Sequence[int]], progress: Progress | None = None) -> Tensor:
         out: Tensor | None = None
-        for indices in token_batches(cut, self._budget):
-            inputs = self._tokenizer(
-                [texts[i] for i in indices],
-                padding=True, truncation=True, max_length=self._length, return_tensors="pt",
-            ).to(self._device)  # fmt: skip
+        for indices in token_batches([len(own) for own in ids], self._budget):
+            inputs = self._tokenizer.pad({"input_ids": [ids[i] for i in indices]}, return_tensors="pt")
+            inputs = inputs.to(self._device)
             states = self._model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None].float()
             values = states[:, 0] if self._pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
             if self._normalize:
                 values = torch.nn.functional.normalize(values, dim=1)
             if out is None:
-                out = torch.empty(len(texts), values.shape[1])
+                out = torch.empty(len(ids), values.shape[1])
             out[indices] = values.cpu()
             if progress is not None:
                 progress.update(len(indices))
-        return torch.zeros(0, 1) if out is None else out, lengths
+        return torch.zeros(0, 1) if out is None else out
 
     def describe(self) -> dict[str, Any]:
         model = self._model if self._host is None else self._host
