@@ -24,7 +24,7 @@ from torch import Tensor
 from llm2clip.data.caption_stream import CaptionStream, Wanted, take_census
 from llm2clip.data.store import EmbeddingStore, StoreWriter, repair_store
 from llm2clip.data.store_format import INDEX_NAME
-from llm2clip.errors import ConfigError
+from llm2clip.errors import ConfigError, DataError
 from llm2clip.files import write_json
 from llm2clip.progress import Progress
 from llm2clip.settings import EmbedSettings
@@ -93,6 +93,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
 
     Raises:
         ConfigError: no output directory or no source is given.
+        DataError: too many samples cannot be read, there is no caption, or the data changed meanwhile.
         StoreError: the store was begun with another encoder or other settings.
         UserError: no space left on disk; what was embedded before is kept.
     """
@@ -127,6 +128,11 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         with _writer(own, settings, encoder) as writer:
             _encode(writer, wanted, stream, encoder, settings, world, done=unique - missing)
             writer.flush()
+            if wanted.left:
+                raise DataError(
+                    f"{wanted.left} captions that were there when the job began were not found again: the data "
+                    "changed, or could not be read for a while. What was embedded is kept; run the same command again."
+                )
             world.barrier()
             if world.is_main:
                 take_over_rank_stores(writer)

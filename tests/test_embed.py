@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,23 @@ def test_a_write_that_fails_ends_the_job_and_keeps_what_was_written(
         embed(settings, HashEncoder())
     # two of eight windows over 57 captions
     assert len(EmbeddingStore.open(settings.out)) == 8 + 8
+    monkeypatch.undo()
+    assert torch.equal(embed(settings, HashEncoder()).get(EXPECTED), HashEncoder().encode(EXPECTED))
+
+
+def test_captions_that_vanish_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(tmp_path)
+    right = CaptionStream.read
+    passes = iter(range(10))
+
+    def read(self: CaptionStream, **options: bool) -> Iterator[str]:
+        texts = right(self, **options)
+        return itertools.islice(texts, 20) if next(passes) == 1 else texts
+
+    monkeypatch.setattr(CaptionStream, "read", read)
+    with pytest.raises(DataError, match="were not found again"):
+        embed(settings, HashEncoder())
+    assert not EmbeddingStore.open(settings.out).complete
     monkeypatch.undo()
     assert torch.equal(embed(settings, HashEncoder()).get(EXPECTED), HashEncoder().encode(EXPECTED))
 

@@ -150,12 +150,17 @@ class Wanted:
     def __len__(self) -> int:
         return len(self._met)
 
+    @property
+    def left(self) -> int:
+        """How many were not met yet."""
+        return len(self) - int(self._met.sum())
+
     def windows(self, texts: Iterable[str], size: int) -> Iterator[list[str]]:
         """The wanted captions among `texts` in lists of `size`, the last one shorter."""
         return (list(window) for window in batched(self._new(texts), size))
 
     def _new(self, texts: Iterable[str]) -> Iterator[str]:
-        left = len(self) - int(self._met.sum())
+        left = self.left
         for chunk in batched(texts, _CHUNK):
             if not left:
                 return

@@ -43,7 +43,7 @@ from llm2clip.settings import StoreDtype
 
 LOCK_NAME = ".lock"
 _COPY_ROWS = 4096
-# captions outside the table of addresses from which on a new table is written: below, memory for them is small
+# so many captions may be outside the table of addresses before a new one is written: 1.3 MiB in every reader
 _TABLE_ROWS = 65536
 
 
