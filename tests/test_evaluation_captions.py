@@ -141,6 +141,7 @@ def test_multi30k_independent_descriptions(tmp_path: Path) -> None:
     assert (data.pairs[0].first[1], data.pairs[0].second[1]) == ("en1 1", "en2 1")
     assert (data.pairs[2].first[1], data.pairs[2].second[1]) == ("de1 1", "de2 1")
     assert (data.pairs[1].first[1], data.pairs[1].second[1]) == ("de1 1", "en1 1")
+    assert data.pairs[0].labels == ("description 1 → description 2", "description 2 → description 1")
     assert data.left_out == {}
     lines(tmp_path / "test_2016.1.de", "nur", "zwei")
     with pytest.raises(DataError, match="lengths differ .*test_2016.1.de: 2"):
@@ -181,6 +182,15 @@ def test_several_captions_in_one_field_are_a_pair(tmp_path: Path) -> None:
     (pairs,) = read(path).pairs
     assert (pairs.first, pairs.second) == (["a 0", "a 1", "a 2"], ["b 0", "b 1", "b 2"])
     assert pairs.labels == ("first → second", "second → first")
+
+
+def test_a_pair_without_others_is_left_out_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    records = [{"caption": "a", "alt": "b"}, {"caption": "c", "alt": "d", "fr": {"caption": "seul"}}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = read(path, captions=CaptionSettings(translations={"fr": "fr.caption"}))
+    assert [pairs.name for pairs in data.pairs] == ["captions"]
+    assert data.left_out["fr ↔ original: one pair alone, which always finds itself"] == ["seul"]
 
 
 def test_what_is_no_set(tmp_path: Path) -> None:

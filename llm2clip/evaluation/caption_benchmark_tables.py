@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm2clip.evaluation.benchmark_tables import comparison_table, interval
+from llm2clip.evaluation.captions.base import UNREADABLE
 from llm2clip.evaluation.ranks import KS
 from llm2clip.evaluation.tables import Table, percent
 
@@ -75,7 +76,7 @@ def _note(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     lost = {
         reason: entry["images"]
         for reason, entry in about["left out"].items()
-        if reason.startswith(pairs) or ":" not in reason
+        if reason.startswith(f"{pairs}:") or reason == UNREADABLE
     }
     note += "".join(f" Left out: {count} ({reason})." for reason, count in lost.items())
     if about["empty captions"]:

@@ -10,6 +10,9 @@ from llm2clip.errors import DataError
 from llm2clip.evaluation.caption_retrieval import CaptionPairs
 from llm2clip.settings import CaptionRetrievalSettings
 
+UNREADABLE = "cannot be read"
+"""Why an image is in no pairs of its set; the other reasons begin with the name of the pairs that lack it."""
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -102,7 +105,7 @@ def make_data(name: str, found: CaptionFile, settings: CaptionRetrievalSettings)
         ]
     left_out: dict[str, list[str]] = {}
     if found.unreadable:
-        left_out["cannot be read"] = list(found.unreadable)
+        left_out[UNREADABLE] = list(found.unreadable)
     languages = list(dict.fromkeys(language for image in images for language in image.translations))
     own = f"captions, {found.language}" if languages and found.language else "captions"
     pairs = [_two_captions(own, images, left_out)]
@@ -112,6 +115,9 @@ def make_data(name: str, found: CaptionFile, settings: CaptionRetrievalSettings)
         if any(len(image.own) > 1 for image in several):
             pairs.append(_two_captions(f"captions, {language}", several, left_out))
     usable = [pair for pair in pairs if len(pair.first) > 1]
+    for pair in pairs:
+        if len(pair.first) == 1:
+            left_out[f"{pair.name}: one pair alone, which always finds itself"] = [pair.first[0]]
     if not usable:
         counts = Counter(len(image.own) for image in images)
         listing = ", ".join(f"{number} with {count}" for count, number in sorted(counts.items())) or "none"

@@ -58,7 +58,9 @@ def read_parallel_text(paths: Sequence[Path], original: str = "") -> CaptionFile
     for row in range(next(iter(counts.values()))):
         captions = {
             language: tuple(
-                Caption(text, str(number)) for number, texts in sorted(own.items()) if (text := texts[row])
+                Caption(text, f"description {number}")
+                for number, texts in sorted(own.items())
+                if (text := texts[row])
             )
             for language, own in lines.items()
         }
