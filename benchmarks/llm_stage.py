@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,8 +172,10 @@ def embed(
     adapter, spent = trained(name, row, options) if row.change is not None else (None, {})
     settings = settings_of(row, options, name)
     llm = replace(settings.llm, adapter=str(adapter) if adapter else None)
-    # captions are evaluated whole, whatever they were cut to in training
-    encoder = CaptionEncoder.from_settings(replace(llm, max_length=512))
+    with warnings.catch_warnings():
+        # captions are evaluated whole, whatever they were cut to in training
+        warnings.filterwarnings("ignore", message="max_length=")
+        encoder = CaptionEncoder.from_settings(replace(llm, max_length=512))
     with autocast_of(settings.run.precision, torch.device("cpu"))():
         return encoder.encode(texts), spent
 
