@@ -33,7 +33,7 @@ from llm2clip.files import read_json, write_json
 from llm2clip.models import CaptionEncoder
 from llm2clip.settings import FinetuneLLMSettings
 from llm2clip.training.metrics import read_metrics
-from llm2clip.training.pairs import pair_source
+from llm2clip.training.pair_sources import pair_source
 from llm2clip.training.precision import autocast_of
 from llm2clip.training.run import finetune_llm
 from llm2clip_kernels import l2_normalize, retrieval_metrics, similarity_rank

@@ -1,4 +1,4 @@
-"""The experiment of the LLM stage on tiny data: each kind of row runs once, is measured right, and does not run again."""
+"""The experiment of the LLM stage on tiny data: each kind of row runs once, is measured right, and is kept."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from llm2clip.data.sources import open_source
 from llm2clip.errors import BadSampleError, ConfigError, DataError
 from llm2clip.settings import CaptionSettings, FinetuneLLMSettings, PairSettings, RunSettings
 from llm2clip.training.batches import epoch_samples, rank_batches
-from llm2clip.training.pairs import TextPair, caption_sides, pair_source, to_pair
+from llm2clip.training.pair_sources import pair_source
+from llm2clip.training.pairs import TextPair, caption_sides, to_pair
 from tests.training_kit import ALONE, records, write_set
 
 CAPTIONS = {"short": ["name"], "long": ["description"]}

@@ -28,7 +28,8 @@ from llm2clip.training.false_negatives import negative_keys, pair_keys
 from llm2clip.training.llm_setup import is_sharded, trained_encoder
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.pair_loss import PairLoss, prefix_dims
-from llm2clip.training.pairs import TextPair, pair_source, to_pair
+from llm2clip.training.pair_sources import pair_source
+from llm2clip.training.pairs import TextPair, to_pair
 from llm2clip.training.world import World
 
 log = logging.getLogger("llm2clip.training")
