@@ -65,6 +65,6 @@ def require_unquantized(model: nn.Module) -> None:
     """
     if is_quantized(model):
         raise ModelError(
-            "a quantised encoder cannot be merged and exported; save its adapter, and load that on the unquantised base "
-            "to export"
+            "a quantised encoder cannot be merged and exported; save its adapter, and load that on the unquantised "
+            "base to export"
         )
