@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import llm_stage
 from llm2clip.config import read_yaml
-from tests.test_mntp import save_causal
+from tests.tiny_models import save_tiny
 from tests.training_kit import records, write_set
 
 CONFIG = """
@@ -26,7 +26,7 @@ def arguments(tmp_path: Path) -> list[str]:
     entries = [{"caption": r["name"], "alt": r["description"]} for r in records(44)]
     write_set(tmp_path / "data" / "set-train-0.tar", entries[:30])
     write_set(tmp_path / "data" / "set-val-0.tar", [*entries[30:], entries[30]], 30)
-    llm = save_causal(tmp_path / "llm", tie_word_embeddings=True)
+    llm = save_tiny(tmp_path / "llm", head=True, tie_word_embeddings=True)
     (tmp_path / "config.yaml").write_text(CONFIG)
     paths = {
         "data": tmp_path / "data",

@@ -25,30 +25,15 @@ from llm2clip.training.masking import MaskedText, Masker
 from llm2clip.training.mntp_task import MaskedTexts, MaskedTokenModel, MNTPTask
 from llm2clip.training.run import finetune_llm
 from tests.test_training_tasks import interrupt
-from tests.tiny_models import tiny_config, tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.training_kit import ALONE, Interrupted, assert_same_run, curve, records, write_set
 
 LINES = [f"line {n} tells of the {['cat', 'dog', 'cow'][n % 3]} that it saw {n % 7} times" for n in range(40)]
 
 
-def save_causal(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A tiny causal LM with its head, as users have them."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_causal(tmp_path_factory.mktemp("causal"), tie_word_embeddings=True)
+    return save_tiny(tmp_path_factory.mktemp("causal"), tie_word_embeddings=True, head=True)
 
 
 def settings_of(folder: Path, tmp_path: Path, **groups: Any) -> FinetuneLLMSettings:
@@ -77,7 +62,7 @@ def test_equals_the_shifted_loss_of_the_causal_lm(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = save_causal(tmp_path / family, family, **changes)
+    folder = save_tiny(tmp_path / family, family, **changes, head=True)
     encoder = CaptionEncoder.from_pretrained(folder, layout=layout)
     model = MaskedTokenModel(encoder, load_lm_head(folder, None, base_model(encoder.model)))
     assert (model.head.softcap is not None) == (family == "gemma2")
@@ -110,7 +95,7 @@ def test_gradients_of_the_head(tmp_path: Path, family: str, monkeypatch: pytest.
     from llm2clip.models import lm_head
 
     monkeypatch.setattr(lm_head, "_ROWS", 4)
-    folder = save_causal(tmp_path / family, family)
+    folder = save_tiny(tmp_path / family, family, head=True)
     encoder = CaptionEncoder.from_pretrained(folder)
     head = load_lm_head(folder, None, base_model(encoder.model).double())
     torch.manual_seed(1)
@@ -266,7 +251,7 @@ def test_a_batch_without_masks_is_no_error(llm: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_saved_without_its_head_is_refused(tmp_path: Path) -> None:
-    folder = save_causal(tmp_path / "untied", tie_word_embeddings=False)
+    folder = save_tiny(tmp_path / "untied", tie_word_embeddings=False, head=True)
     CaptionEncoder.from_pretrained(folder).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match=r"no language-model head \(lm_head.weight\)"):
         MNTPTask(settings_of(tmp_path / "bare", tmp_path), ALONE)

@@ -17,17 +17,11 @@ from llm2clip.training.pairs import CaptionPairs, TextPair, owned
 QUERY, POSITIVE, NEGATIVE = "query", "positive", "negative"
 
 
-class QueryPairs:
-    """Rows with the fields `query`, `positive` and perhaps `negative` (the E5 sets as LLM2Vec publishes them).
+class _EverySample:
+    """A source whose samples, all of them, become pairs; without their images."""
 
-    Args:
-        source: the rows; a field may hold several texts, one of which is drawn each time.
-        settings: instructions, by the file's name without suffix, and hard negatives.
-    """
-
-    def __init__(self, source: Source, settings: PairSettings) -> None:
-        self.name, self._source, self._settings = source.name, source, settings
-        self.label = Path(source.name).stem
+    def __init__(self, source: Source) -> None:
+        self.name, self._source = source.name, source
 
     def __len__(self) -> int:
         return len(self._source)
@@ -36,13 +30,31 @@ class QueryPairs:
         return owned(self._source.captions_of(index), self)
 
     def captions_of(self, index: int) -> Sample:
-        """The row, like `[]`."""
+        """The sample, like `[]`."""
         return self[index]
 
     @property
     def blocks(self) -> Sequence[tuple[int, int]]:
         """As the source has them."""
         return self._source.blocks
+
+    def pair(self, sample: Sample, rng: np.random.Generator) -> TextPair:
+        """The pair of a sample; raises BadSampleError."""
+        raise NotImplementedError
+
+
+class QueryPairs(_EverySample):
+    """Rows with the fields `query`, `positive` and perhaps `negative` (the E5 sets as LLM2Vec publishes them).
+
+    Args:
+        source: the rows; a field may hold several texts, one of which is drawn each time.
+        settings: instructions, by the file's name without suffix, and hard negatives.
+    """
+
+    def __init__(self, source: Source, settings: PairSettings) -> None:
+        super().__init__(source)
+        self._settings = settings
+        self.label = Path(source.name).stem
 
     def pair(self, sample: Sample, rng: np.random.Generator) -> TextPair:
         """The row's texts.
@@ -65,7 +77,7 @@ class QueryPairs:
         )  # fmt: skip
 
 
-class SingleTexts:
+class SingleTexts(_EverySample):
     """Every sample as a pair of one of its texts with itself; dropout makes the difference (SimCSE, arXiv 2104.08821).
 
     Args:
@@ -74,22 +86,8 @@ class SingleTexts:
     """
 
     def __init__(self, source: Source, fields: Sequence[str]) -> None:
-        self.name, self._source, self._fields = source.name, source, tuple(dict.fromkeys(fields))
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Sample:
-        return owned(self._source.captions_of(index), self)
-
-    def captions_of(self, index: int) -> Sample:
-        """The sample without its image, like `[]`."""
-        return self[index]
-
-    @property
-    def blocks(self) -> Sequence[tuple[int, int]]:
-        """As the source has them."""
-        return self._source.blocks
+        super().__init__(source)
+        self._fields = tuple(dict.fromkeys(fields))
 
     def text(self, sample: Sample, rng: np.random.Generator) -> str:
         """One text of the sample.
