@@ -150,3 +150,11 @@ def pair_source(source: Source, settings: FinetuneLLMSettings, *, show: bool = T
         elif weights:
             made.append(CaptionPairs(part, captions, pairs, show=show, seen=seen))
     return made[0] if len(made) == 1 else Mixture(made, weights)
+
+
+def brings_negatives(source: Source, settings: FinetuneLLMSettings) -> bool:
+    """Whether pairs of what `pair_source` returned may come with a hard negative."""
+    if settings.objective != "contrastive" or settings.pairs.negatives == "none":
+        return False
+    parts: Sequence[Source] = source.sources if isinstance(source, Mixture) else [source]
+    return settings.pairs.negatives == "random" or any(isinstance(part, QueryPairs) for part in parts)
