@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_all_trainers_have_one_loss_curve(
 ) -> None:
     bench_clip_step.main([*SMALL, "--data", str(tmp_path), "--micro-batch", micro_batch, "--overhead", "2"])
     shown = capsys.readouterr().out
-    rows = [eval(line) for line in shown.splitlines() if line.startswith("{'provider'")]
+    rows = [ast.literal_eval(line) for line in shown.splitlines() if line.startswith("{'provider'")]
     assert {"ours", "plain"} <= {row["provider"] for row in rows}
     assert len({row["losses"].split()[0] for row in rows}) == 1 and rows[0]["data"] == "random images"
     (ours,) = [row for row in rows if row["provider"] == "ours"]
