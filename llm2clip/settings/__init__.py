@@ -5,7 +5,7 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
-from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import ClipLossSettings, TrainSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.evaluate import EvaluateSettings
 from llm2clip.settings.llm import (
@@ -19,16 +19,30 @@ from llm2clip.settings.llm import (
     Precision,
     StoreDtype,
 )
+from llm2clip.settings.model import (
+    ClipTextSettings,
+    Fit,
+    Interpolation,
+    ModelSettings,
+    TextSettings,
+    VisionKind,
+    VisionLoraSettings,
+    VisionPooling,
+    VisionSettings,
+)
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
     "CaptionLossSettings",
     "CaptionSettings",
     "ClipLossSettings",
+    "ClipTextSettings",
     "DataSettings",
     "EmbedSettings",
     "EvaluateSettings",
     "FinetuneLLMSettings",
+    "Fit",
+    "Interpolation",
     "LLMSettings",
     "Layout",
     "LoraSettings",
@@ -38,7 +52,11 @@ __all__ = [
     "Precision",
     "RunSettings",
     "StoreDtype",
+    "TextSettings",
     "TrainSettings",
+    "VisionKind",
+    "VisionLoraSettings",
+    "VisionPooling",
     "VisionSettings",
     "at_least",
     "setting",
