@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import ModelError
 from llm2clip.models import LLM2CLIP, TextAdapter, group_of, no_decay, parameter_groups
+from llm2clip.models.model_card import ModelCard
 from llm2clip.settings import ModelSettings, VisionSettings
 
 FINGERPRINT = {"model_type": "llama", "dim": 12, "weights": "abc"}
@@ -158,7 +159,7 @@ def test_failed_save_keeps_the_old_one(
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with torch.no_grad():
         model.logit_scale.fill_(1.0)
-    monkeypatch.setattr(LLM2CLIP, "_card", lambda self: 1 / 0)
+    monkeypatch.setattr(ModelCard, "render", lambda self, model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -199,7 +200,7 @@ def test_unusable_directories(model: LLM2CLIP, tmp_path: Path) -> None:
         (out / "config.json").write_text(json.dumps({**config, **changes}))
 
     rewritten(model_type="clip")
-    with pytest.raises(ModelError, match="not of model_type llm2clip but 'clip'"):
+    with pytest.raises(ModelError, match="neither of model_type llm2clip nor of a published checkpoint"):
         LLM2CLIP.from_pretrained(out)
     rewritten(format=99)
     with pytest.raises(ModelError, match="format 99"):
