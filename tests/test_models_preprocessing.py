@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip.data.images import CLIP_MEAN, CLIP_STD
 from llm2clip.errors import ModelError
 from llm2clip.models.preprocessing import (
-    CLIP_MEAN,
-    CLIP_STD,
     Preprocessing,
     preprocessing_from_config,
     read_preprocessor,

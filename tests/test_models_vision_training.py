@@ -155,7 +155,8 @@ def test_locking_counts_groups_as_open_clip_does(tmp_path: Path) -> None:
         assert tower.training == (unlocked > 1)
         feature = tower(torch.randn(1, 3, 16, 16))
         assert feature.requires_grad == (unlocked > 1)
-        return {name.removeprefix("model.model.") for name, p in tower.named_parameters() if p.requires_grad}
+        names = {name for name, p in tower.named_parameters() if p.requires_grad}
+        return {name.removeprefix("model.model.").removeprefix("vision_model.") for name in names}
 
     def parts(names: set[str]) -> set[str]:
         return {name.split(".layers.")[1][0] if ".layers." in name else name.split(".")[0] for name in names}

@@ -20,6 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 EXIF_ORIENTATION = 0x0112
 WHITE = (255, 255, 255)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def decode_image(
@@ -130,6 +132,16 @@ def _oriented(image: Image.Image) -> Image.Image:
         return image
 
 
+def normalize_pixels(
+    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> torch.Tensor:
+    """uint8 pixels (..., 3, S, S) to (x / 255 - mean) / std, float32 on the same device."""
+    scale = torch.tensor(std, device=pixels.device)
+    shift = torch.tensor(mean, device=pixels.device) / scale
+    # one multiplication and one subtraction
+    return pixels.float().mul_((1.0 / (255.0 * scale))[:, None, None]).sub_(shift[:, None, None])
+
+
 Box = tuple[float, float, float, float]
 _LONGEST = 32  # aspect ratio
 RESAMPLING = {
@@ -165,8 +177,8 @@ class ImageTransform:
     """
 
     size: int
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     train: bool = False
     fit: Literal["pad", "crop", "squash"] = "pad"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "adaptive"] = "adaptive"
@@ -177,7 +189,17 @@ class ImageTransform:
     background: tuple[int, int, int] = WHITE
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the image as float32 of shape (3, S, S).
+        """Return the image as float32 of shape (3, S, S), normalised. Raises as `pixels` does."""
+        return normalize_pixels(self.pixels(image, rng), self.mean, self.std)
+
+    @property
+    def min_side(self) -> int:
+        """Short side in pixels below which an image would be enlarged: what `decode_image` may decode at."""
+        least = math.sqrt(self.scale[0] * min(self.ratio[0], 1.0 / self.ratio[1])) if self.train else 1.0
+        return math.ceil(self._short() / least)
+
+    def pixels(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Return the image as uint8 of shape (3, S, S), which `normalize_pixels` normalises: a quarter of the memory.
 
         Raises:
             ValueError: `train` is set and no `rng` is given.
@@ -193,13 +215,10 @@ class ImageTransform:
             square = self._centre(image)
         else:
             square = self._cut(image, self._whole(image.width, image.height))
-        pixels = np.asarray(square, dtype=np.float32)
+        pixels = np.asarray(square)
         if mirror:
             pixels = pixels[:, ::-1]
-        std = np.asarray(self.std, dtype=np.float32)
-        # x / 255 and (x - mean) / std as one multiplication and one subtraction
-        pixels = pixels * (1.0 / (255.0 * std)) - np.asarray(self.mean, dtype=np.float32) / std
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
     def _whole(self, width: int, height: int) -> Box:
         """The part of the image, or around it, that is shown."""

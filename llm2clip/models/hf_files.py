@@ -189,16 +189,15 @@ def load_named(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Raises:
         ModelError: weights are missing, unexpected or of another shape.
     """
-    own = model.state_dict()
-    if own.keys() != state.keys():
-        bare = {name.removeprefix(_HALF): tensor for name, tensor in state.items()}
-        half = {_HALF + name: tensor for name, tensor in bare.items()}
-        # CLIP and SigLIP halves: whether the prefix is part of the name depends on the version
-        state = next((names for names in (bare, half) if names.keys() == own.keys()), state)
-    if own.keys() != state.keys():
-        state = _converted(model, state, source)
     from llm2clip.models.weights import check_names
 
+    own = model.state_dict()
+    bare = {name.removeprefix(_HALF): tensor for name, tensor in state.items()}
+    half = {_HALF + name: tensor for name, tensor in bare.items()}
+    # CLIP and SigLIP halves: whether the prefix is part of the name depends on the version
+    state = max((state, bare, half), key=lambda names: len(own.keys() & names.keys()))
+    if own.keys() != state.keys() and 2 * len(own.keys() & state.keys()) < len(own):
+        state = _converted(model, state, source)
     check_names(own, state, source)
     model.load_state_dict(dict(state))
 

@@ -9,9 +9,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from llm2clip.data.images import CLIP_MEAN, CLIP_STD
 from llm2clip.errors import ModelError
 from llm2clip.models.eva02 import EVA02Config
-from llm2clip.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, triple
+from llm2clip.models.preprocessing import Preprocessing, triple
 from llm2clip.models.published_names import OPENAI, OPENAI_BLOCK, TIMM, TIMM_BLOCK
 from llm2clip.settings import Fit, Interpolation
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from llm2clip.data.images import ImageTransform
+from llm2clip.data.images import CLIP_MEAN, CLIP_STD, ImageTransform
 from llm2clip.errors import ModelError
 from llm2clip.files import read_json
 from llm2clip.settings import Fit, Interpolation, VisionSettings
 
 PREPROCESSOR = "preprocessor_config.json"
 Triple = tuple[float, float, float]
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 # PIL's numbers, which the file uses; box and Hamming filters are in no published processor
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
