@@ -6,9 +6,21 @@ import sys
 from pathlib import Path
 
 from llm2clip.config import iter_fields, type_name
-from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
+from llm2clip.settings import (
+    EmbedSettings,
+    EvaluateSettings,
+    ExportSettings,
+    FinetuneLLMSettings,
+    TrainSettings,
+)
 
-COMMANDS: tuple[type, ...] = (FinetuneLLMSettings, EmbedSettings, TrainSettings, EvaluateSettings)
+COMMANDS: tuple[type, ...] = (
+    FinetuneLLMSettings,
+    EmbedSettings,
+    TrainSettings,
+    EvaluateSettings,
+    ExportSettings,
+)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 HEAD = """# Settings

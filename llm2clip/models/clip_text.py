@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm2clip.errors import ModelError
 from llm2clip.files import read_json
+from llm2clip.models.weights import one_tensor
 
 _CLASSES = {"clip_text_model": "CLIPTextModel", "siglip_text_model": "SiglipTextModel"}
 TOKENIZER = "clip_tokenizer"
@@ -140,17 +141,6 @@ def clip_text_from_config(
     if tokenizer is not None and Path(tokenizer).is_dir():
         loaded = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     return ClipText(getattr(transformers, _CLASSES[config.model_type])(config), loaded)
-
-
-def one_tensor(folder: Path, name: str) -> Tensor | None:
-    """One tensor of a directory's safetensors file, fp32; None where there is no such name or file."""
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        return None
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as handle:
-        return handle.get_tensor(name).float() if name in handle.keys() else None  # noqa: SIM118
 
 
 def _text_config(values: Mapping[str, Any], source: str) -> Any:

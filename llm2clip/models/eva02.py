@@ -185,11 +185,11 @@ class EVA02(VisionTrunk):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> (B, width)."""
         patches = self.patch_embed(pixel_values)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         cos: Tensor = self.rope_cos
         sin: Tensor = self.rope_sin
         if self.training and self.patch_dropout:
-            kept = kept_patches(len(x), patches.shape[1], self.patch_dropout, x.device)
+            kept = kept_patches(x.shape[0], patches.shape[1], self.patch_dropout, x.device)
             x = keep_tokens(x, kept, 1)
             cos, sin = keep_rotations(cos, kept), keep_rotations(sin, kept)
         for block in self.blocks:

@@ -16,6 +16,7 @@ from llm2clip.files import read_json
 from llm2clip.models.hf_vision import HFVision
 from llm2clip.models.positions import resized_state
 from llm2clip.models.preprocessing import Preprocessing, read_preprocessor
+from llm2clip.models.weights import one_tensor
 from llm2clip.settings import VisionPooling, VisionSettings
 
 _POOLERS = ("pooler.", "head.")
@@ -83,7 +84,10 @@ def load_hf_vision(
     if poolerless and pooling == "pooler":
         raise ModelError(f"the checkpoint in {place} has no pooler weights; use vision.pooling cls or mean")
     # classification checkpoints have no pooler; a random one would destroy the feature
-    return HFVision(at_size(model, size), size, "cls" if poolerless and pooling == "auto" else pooling)
+    trunk = HFVision(at_size(model, size), size, "cls" if poolerless and pooling == "auto" else pooling)
+    if trunk.pooling == "pooler":
+        trunk.pretrained_projection = one_tensor(place, "visual_projection.weight")
+    return trunk
 
 
 def build_hf_vision(settings: VisionSettings) -> tuple[HFVision, Preprocessing]:

@@ -7,7 +7,6 @@ that stands under `llm2clip`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip.errors import ModelError
-from llm2clip.files import atomic_path, write_json
+from llm2clip.files import write_json
 from llm2clip.models.eva02 import EVA02, EVA02Config
 from llm2clip.models.hf_files import published_names
 from llm2clip.models.hf_vision import HFVision, config_to_dict
@@ -38,8 +37,8 @@ _WHOLE = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "siglip2
 _OURS, _THEIRS = "clip_text.model.", "text_model."
 
 
-def write_hugging_face(model: LLM2CLIP, path: str | os.PathLike[str], card: ModelCard | None = None) -> None:
-    """Write a model in the layout of the published checkpoints, atomically.
+def fill_hugging_face(model: LLM2CLIP, folder: Path, card: ModelCard | None = None) -> None:
+    """Write a model in the layout of the published checkpoints into an empty directory.
 
     Raises:
         ModelError: the tower is none that the layout has names for.
@@ -65,15 +64,13 @@ def write_hugging_face(model: LLM2CLIP, path: str | os.PathLike[str], card: Mode
         config["text_config"] = model.clip_text.to_config()
     config["llm2clip"] = describe(model)
     rest = _renamed(other_tensors(model), _OURS, _THEIRS)
-    with atomic_path(path) as folder:
-        folder.mkdir()
-        write_tensors({**inside, **rest}, folder / SAFETENSORS)
-        write_json(folder / "config.json", config)
-        write_companions(model, folder, card)
+    write_tensors({**inside, **rest}, folder / SAFETENSORS)
+    write_json(folder / "config.json", config)
+    write_companions(model, folder, card)
 
 
 def read_hugging_face(place: Path, config: dict[str, Any]) -> LLM2CLIP:
-    """Read what `write_hugging_face` wrote.
+    """Read what `fill_hugging_face` wrote.
 
     Raises:
         ModelError: config.json is damaged, or weights are missing, unexpected or of another shape.

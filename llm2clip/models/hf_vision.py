@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llm2clip.errors import ModelError
 from llm2clip.models.patch_dropout import keep_rotations, keep_tokens, kept_patches
@@ -39,6 +40,9 @@ class HFVision(VisionTrunk):
         self._patch = int(patch[0] if isinstance(patch, (list, tuple)) else patch)
         accepted = inspect.signature(model.forward).parameters
         self._patchify = "spatial_shapes" in accepted
+        if self._patchify:
+            inner: Any = getattr(model, "vision_model", model)
+            inner.embeddings.resize_positional_embeddings = self._positions
         own = getattr(config, "image_size", image_size)
         resized = (int(own[0]) if isinstance(own, (list, tuple)) else int(own)) != image_size
         self._extra = (
@@ -74,6 +78,8 @@ class HFVision(VisionTrunk):
         """The network for images of another size, its position embeddings interpolated."""
         from llm2clip.models.hf_files import at_size
 
+        if image_size == self.image_size:
+            return self
         return HFVision(at_size(self.model, image_size), image_size, self.pooling)
 
     def set_patch_dropout(self, rate: float) -> None:
@@ -116,7 +122,7 @@ class HFVision(VisionTrunk):
             return {"pixel_values": pixel_values, **self._extra}
         # SigLIP 2 (NaFlex) takes flattened patches, rows of (row, column, channel)
         batch, channels, side, p = (
-            len(pixel_values),
+            pixel_values.shape[0],
             pixel_values.shape[1],
             self.image_size // self._patch,
             self._patch,
@@ -129,6 +135,13 @@ class HFVision(VisionTrunk):
             "pixel_attention_mask": None,
             "spatial_shapes": shapes,
         }
+
+    def _positions(self, table: Tensor, shapes: Tensor, max_length: int) -> Tensor:
+        """SigLIP 2's position embeddings (1, N, width) for images of one size, which it would resize one by one."""
+        side = self.image_size // self._patch
+        grid = table.float().permute(2, 0, 1)[None]
+        resized = F.interpolate(grid, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
     def _probe(self) -> int:
         """Run one blank image: settles the pooling, finds the width, freezes what the feature ignores."""
@@ -170,7 +183,7 @@ class HFVision(VisionTrunk):
         return int(feature.shape[-1])
 
     def _install_patch_dropout(self) -> None:
-        inner = getattr(self.model, "vision_model", self.model)
+        inner: Any = getattr(self.model, "vision_model", self.model)
         embeddings = getattr(inner, "embeddings", None)
         if not self._tokens or embeddings is None:
             super().set_patch_dropout(1.0)
@@ -200,7 +213,7 @@ class HFVision(VisionTrunk):
         self._kept = None
         if not (self.training and self.patch_dropout):
             return output
-        self._kept = kept_patches(len(output), self._tokens, self.patch_dropout, output.device)
+        self._kept = kept_patches(output.shape[0], self._tokens, self.patch_dropout, output.device)
         return keep_tokens(output, self._kept, self._prefix)
 
     def _rotations(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -39,13 +39,17 @@ _LATER = {"projection": "linear", "adapter_normalize": True, "logit_bias_init": 
 
 def write_model(model: LLM2CLIP, path: str | os.PathLike[str], card: ModelCard | None = None) -> None:
     """Write a model in our own format, atomically; see `LLM2CLIP.save_pretrained`."""
-    inside = {_TRUNK + name: t for name, t in plain_trunk(model.vision_model).native_state().items()}
-    config = {"model_type": "llm2clip", "format": FORMAT, **describe(model)}
     with atomic_path(path) as folder:
         folder.mkdir()
-        write_tensors({**inside, **other_tensors(model)}, folder / SAFETENSORS)
-        write_json(folder / "config.json", config)
-        write_companions(model, folder, card)
+        fill_native(model, folder, card)
+
+
+def fill_native(model: LLM2CLIP, folder: Path, card: ModelCard | None = None) -> None:
+    """Write a model in our own format into an empty directory."""
+    inside = {_TRUNK + name: t for name, t in plain_trunk(model.vision_model).native_state().items()}
+    write_tensors({**inside, **other_tensors(model)}, folder / SAFETENSORS)
+    write_json(folder / "config.json", {"model_type": "llm2clip", "format": FORMAT, **describe(model)})
+    write_companions(model, folder, card)
 
 
 def write_companions(model: LLM2CLIP, folder: Path, card: ModelCard | None) -> None:
@@ -202,9 +206,8 @@ def continue_from(
         )
     vision, old = settings.vision, model.vision_model
     size = vision.image_size or old.image_size
-    trunk = old.model.resized(size)
-    trunk.unfreeze()
-    tower = VisionTower(trunk, old.preprocessing.at_size(size).chosen(vision))
+    old.model.unfreeze()
+    tower = VisionTower(old.model.resized(size), old.preprocessing.at_size(size).chosen(vision))
     set_up_training(tower, vision)
     changed = {name: getattr(model.settings, name) for name in settings_fields()}
     changed.update(adapter_dropout=settings.adapter_dropout, logit_scale_max=settings.logit_scale_max)

@@ -7,7 +7,6 @@ side, the adapter, stands in a file beside, and `LLM2CLIP.from_pretrained` reads
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.errors import ModelError
-from llm2clip.files import atomic_path, read_json, write_json
+from llm2clip.files import read_json, write_json
 from llm2clip.models.eva02 import EVA02
 from llm2clip.models.hf_files import published_names
 from llm2clip.models.hf_vision import HFVision
@@ -55,8 +54,8 @@ _SCALARS = ("logit_scale", "logit_bias")
 _STAND_IN = {"context_length": 77, "vocab_size": 49408, "width": 1, "heads": 1, "layers": 1}
 
 
-def write_open_clip(model: LLM2CLIP, path: str | os.PathLike[str], card: ModelCard | None = None) -> None:
-    """Write a model in open_clip's layout, atomically.
+def fill_open_clip(model: LLM2CLIP, folder: Path, card: ModelCard | None = None) -> None:
+    """Write a model in open_clip's layout into an empty directory.
 
     Raises:
         ModelError: open_clip has no tower like the model's.
@@ -82,16 +81,14 @@ def write_open_clip(model: LLM2CLIP, path: str | os.PathLike[str], card: ModelCa
         "llm2clip": describe(model),
     }
     own = {name: tensor for name, tensor in rest.items() if name not in _SCALARS}
-    with atomic_path(path) as folder:
-        folder.mkdir()
-        write_tensors(tensors, folder / WEIGHTS)
-        write_tensors(own, folder / ADAPTER_WEIGHTS)
-        write_json(folder / CONFIG, config)
-        write_companions(model, folder, card)
+    write_tensors(tensors, folder / WEIGHTS)
+    write_tensors(own, folder / ADAPTER_WEIGHTS)
+    write_json(folder / CONFIG, config)
+    write_companions(model, folder, card)
 
 
 def read_open_clip(place: Path) -> LLM2CLIP:
-    """Read what `write_open_clip` wrote.
+    """Read what `fill_open_clip` wrote.
 
     Raises:
         ModelError: it is another open_clip model (which has no LLM adapter), or damaged.

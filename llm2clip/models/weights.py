@@ -96,6 +96,17 @@ def _read_pickle(place: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def one_tensor(folder: Path, name: str) -> Tensor | None:
+    """One tensor of a directory's safetensors file, fp32; None where there is no such name or file."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as handle:
+        return handle.get_tensor(name).float() if name in handle.keys() else None  # noqa: SIM118
+
+
 def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Load a file strictly.
 

@@ -8,6 +8,7 @@ from llm2clip.settings.base import at_least, setting
 from llm2clip.settings.clip import ClipLossSettings, TrainSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.evaluate import EvaluateSettings
+from llm2clip.settings.export import ExportLayout, ExportSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
     EmbedSettings,
@@ -40,6 +41,8 @@ __all__ = [
     "DataSettings",
     "EmbedSettings",
     "EvaluateSettings",
+    "ExportLayout",
+    "ExportSettings",
     "FinetuneLLMSettings",
     "Fit",
     "Interpolation",
