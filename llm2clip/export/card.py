@@ -44,14 +44,14 @@ def run_card(run: Path | None, settings: ExportSettings | None = None) -> ModelC
         metrics=result_metrics(Path(settings.results)) if settings.results else {},
         versions=versions,
     )
-    if run is None:
+    if run is None or not (run / _CONFIG).is_file():
         return card
     data = from_tree(DataSettings, read_yaml(run / _CONFIG).get("data") or {})
     return dataclasses.replace(
         card,
         # names, not places: where data lay on one machine helps nobody
         data=[Path(place).name for place in data.train],
-        command=f"llm2clip train --config {TRAINING}",
+        command=f"llm2clip train --config {TRAINING if settings.out else _CONFIG}",
         metrics=card.metrics or last_metrics(run / _METRICS),
         attribution=credits_of(data),
     )

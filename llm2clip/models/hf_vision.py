@@ -40,9 +40,7 @@ class HFVision(VisionTrunk):
         self._patch = int(patch[0] if isinstance(patch, (list, tuple)) else patch)
         accepted = inspect.signature(model.forward).parameters
         self._patchify = "spatial_shapes" in accepted
-        if self._patchify:
-            inner: Any = getattr(model, "vision_model", model)
-            inner.embeddings.resize_positional_embeddings = self._positions
+        self._adopt(model)
         own = getattr(config, "image_size", image_size)
         resized = (int(own[0]) if isinstance(own, (list, tuple)) else int(own)) != image_size
         self._extra = (
@@ -55,7 +53,9 @@ class HFVision(VisionTrunk):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> features (B, dim)."""
-        output = self.model(**self._inputs(pixel_values))
+        return self._pool(self.model(**self._inputs(pixel_values)))
+
+    def _pool(self, output: Any) -> Tensor:
         if self.pooling == "pooler":
             return output.pooler_output.flatten(1)
         hidden: Tensor = output.last_hidden_state
@@ -143,44 +143,46 @@ class HFVision(VisionTrunk):
         resized = F.interpolate(grid, (side, side), mode="bilinear", align_corners=False, antialias=True)
         return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
+    def _adopt(self, model: Any) -> nn.Module:
+        if self._patchify:
+            inner = getattr(model, "vision_model", model)
+            inner.embeddings.resize_positional_embeddings = self._positions
+        return model
+
     def _probe(self) -> int:
-        """Run one blank image: settles the pooling, finds the width, freezes what the feature ignores."""
+        """Settle the pooling, find the width, freeze what the feature ignores."""
         if self.image_size % self._patch:
             raise ModelError(
                 f"image size {self.image_size} is not a multiple of the patch size {self._patch}"
             )
-        self.model.eval()
-        weight = next(self.model.parameters())
-        with torch.enable_grad():
-            blank = torch.zeros(
-                1, 3, self.image_size, self.image_size, device=weight.device, dtype=weight.dtype
-            )
-            try:
-                output = self.model(**self._inputs(blank))
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise ModelError(
-                    f"{type(self.model).__name__} cannot take images of {self.image_size} pixels: {error}. "
-                    "Use its own vision.image_size."
-                ) from error
-            hidden = output.last_hidden_state
-            flat = hidden.ndim == 3
-            patches = (self.image_size // self._patch) ** 2
-            if flat and hidden.shape[1] >= patches:
-                self._tokens, self._prefix = patches, hidden.shape[1] - patches
-            has_pooler = getattr(output, "pooler_output", None) is not None
-            if self.pooling == "auto":
-                self.pooling = "pooler" if has_pooler else "cls"
-                if flat and not has_pooler and self._prefix == 0:
-                    self.pooling = "mean"
-            if self.pooling == "pooler" and not has_pooler:
-                raise ModelError(f"{type(self.model).__name__} has no pooler; use vision.pooling cls or mean")
-            if self.pooling == "cls" and flat and self._prefix == 0:
-                raise ModelError(
-                    f"{type(self.model).__name__} has no class token; use pooling mean or pooler"
-                )
-            feature = self(blank)
-            freeze_unused(self.model, feature)
-        return int(feature.shape[-1])
+        model = self.model
+        return freeze_unused(model, lambda: self._adopt(type(model)(model.config)), self._feature_of)
+
+    def _feature_of(self, model: nn.Module) -> Tensor:
+        weight = next(model.parameters())
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, device=weight.device, dtype=weight.dtype)
+        try:
+            output = model(**self._inputs(blank))
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot take images of {self.image_size} pixels: {error}. "
+                "Use its own vision.image_size."
+            ) from error
+        hidden = output.last_hidden_state
+        flat = hidden.ndim == 3
+        patches = (self.image_size // self._patch) ** 2
+        if flat and hidden.shape[1] >= patches:
+            self._tokens, self._prefix = patches, hidden.shape[1] - patches
+        has_pooler = getattr(output, "pooler_output", None) is not None
+        if self.pooling == "auto":
+            self.pooling = "pooler" if has_pooler else "cls"
+            if flat and not has_pooler and self._prefix == 0:
+                self.pooling = "mean"
+        if self.pooling == "pooler" and not has_pooler:
+            raise ModelError(f"{type(model).__name__} has no pooler; use vision.pooling cls or mean")
+        if self.pooling == "cls" and flat and self._prefix == 0:
+            raise ModelError(f"{type(model).__name__} has no class token; use pooling mean or pooler")
+        return self._pool(output)
 
     def _install_patch_dropout(self) -> None:
         inner: Any = getattr(self.model, "vision_model", self.model)

@@ -20,7 +20,7 @@ from llm2clip.models.preprocessing import PREPROCESSOR
 from llm2clip.models.trunk import VisionTrunk
 from llm2clip.models.vision import VisionTower, set_up_training, tower_from_config
 from llm2clip.models.vision_lora import has_lora, merged
-from llm2clip.models.weights import SAFETENSORS, check_names, read_tensors
+from llm2clip.models.weights import SAFETENSORS, check_names, read_tensors, skip_random_init
 from llm2clip.settings import ClipTextSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _read_own(place: Path, config: dict[str, Any]) -> LLM2CLIP:
 
 
 def model_of(config: Mapping[str, Any], place: Path) -> LLM2CLIP:
-    """The model that `describe` described, with random weights.
+    """The model that `describe` described, without values: its weights are to be loaded with `load_parts`.
 
     Args:
         config: the description.
@@ -155,23 +155,28 @@ def model_of(config: Mapping[str, Any], place: Path) -> LLM2CLIP:
         ModelError: something is missing in it or of the wrong kind.
     """
     try:
-        settings = ModelSettings(
-            **{
-                name: config.get(name, _LATER[name]) if name in _LATER else config[name]
-                for name in settings_fields()
-            }
-        )
-        clip_text = None
-        if "clip_text" in config:
-            use = ClipTextSettings(use=config["clip_text"]["use"], path=str(place))
-            settings = dataclasses.replace(settings, clip_text=use)
-            clip_text = clip_text_from_config(config["clip_text"]["config"], place / TOKENIZER)
-        tower = tower_from_config(config["vision"])
-        return LLM2CLIP(
-            settings, int(config["llm_dim"]), config["text_encoder"], vision=tower, clip_text=clip_text
-        )
+        with skip_random_init():
+            return _built(config, place)
     except (KeyError, TypeError) as error:
         raise ModelError(f"{place}/config.json is damaged: {type(error).__name__} {error}") from error
+
+
+def _built(config: Mapping[str, Any], place: Path) -> LLM2CLIP:
+    settings = ModelSettings(
+        **{
+            name: config.get(name, _LATER[name]) if name in _LATER else config[name]
+            for name in settings_fields()
+        }
+    )
+    clip_text = None
+    if "clip_text" in config:
+        use = ClipTextSettings(use=config["clip_text"]["use"], path=str(place))
+        settings = dataclasses.replace(settings, clip_text=use)
+        clip_text = clip_text_from_config(config["clip_text"]["config"], place / TOKENIZER)
+    tower = tower_from_config(config["vision"])
+    return LLM2CLIP(
+        settings, int(config["llm_dim"]), config["text_encoder"], vision=tower, clip_text=clip_text
+    )
 
 
 def load_parts(model: LLM2CLIP, trunk: Mapping[str, Tensor], rest: Mapping[str, Tensor], source: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm2clip.errors import ModelError
 from llm2clip.files import read_json
@@ -116,13 +116,11 @@ class OpenClipVision(VisionTrunk):
         self.visual.set_grad_checkpointing(enabled)
 
     def _probe(self) -> int:
-        training = self.training
-        self.eval()
-        with torch.enable_grad():
-            feature = self(torch.zeros(1, 3, self.image_size, self.image_size))
-            freeze_unused(self, feature)
-        self.train(training)
-        return int(feature.shape[1])
+        def feature_of(visual: nn.Module) -> Tensor:
+            device = next(visual.parameters()).device
+            return visual(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+
+        return freeze_unused(self.visual, lambda: _tower(self.settings, self.image_size)[0], feature_of)
 
 
 def build_open_clip(settings: VisionSettings) -> tuple[OpenClipVision, Preprocessing]:
@@ -178,7 +176,7 @@ def _without_projection(visual: Any) -> tuple[Any, Tensor | None]:
         return visual, projection.detach().t().clone()
     if hasattr(visual, "trunk") and hasattr(getattr(visual, "head", None), "proj"):
         layer = visual.head.proj
-        visual.head = torch.nn.Identity()
+        visual.head = nn.Identity()
         return visual, layer.weight.detach().clone()
     return visual, None
 

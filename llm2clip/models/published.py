@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llm2clip.models.preprocessing import PREPROCESSOR, Preprocessing, read_prep
 from llm2clip.models.published_names import VISION, Family, from_hugging_face, from_repository
 from llm2clip.models.trunk import VisionTrunk
 from llm2clip.models.vision import VisionTower
-from llm2clip.models.weights import listing, not_allowed, other_shapes, read_tensors
+from llm2clip.models.weights import listing, not_allowed, other_shapes, read_tensors, skip_random_init
 from llm2clip.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -121,13 +122,15 @@ def assemble(
             f"{source} holds no vision tower: expected names that begin with visual. or vision_model., got "
             f"{', '.join(sorted(tensors)[:10])}"
         )
-    trunk = _tower(vision, config, family, source, options)
     rest = {name: tensor.float() for name, tensor in named.items() if not name.startswith(VISION)}
     online = any(name.startswith("text.text_proj.") for name in tensors)
-    settings, llm_dim = _settings(rest, trunk, source, options, online)
-    size = trunk.image_size
-    prepared = (preprocessing or Preprocessing(size, fit="crop", interpolation="bicubic")).at_size(size)
-    model = LLM2CLIP(settings, llm_dim, vision=VisionTower(trunk, prepared))
+    # what may be missing needs its initial values
+    with nullcontext() if allow_missing else skip_random_init():
+        trunk = _tower(vision, config, family, source, options)
+        settings, llm_dim = _settings(rest, trunk, source, options, online)
+        size = trunk.image_size
+        prepared = (preprocessing or Preprocessing(size, fit="crop", interpolation="bicubic")).at_size(size)
+        model = LLM2CLIP(settings, llm_dim, vision=VisionTower(trunk, prepared))
     own = {
         name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision_model.")
     }

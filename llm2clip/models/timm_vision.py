@@ -94,20 +94,21 @@ class TimmVision(VisionTrunk):
             raise ModelError(f"vision.grad_checkpointing: {self.name} does not support it") from error
 
     def _probe(self) -> int:
-        training = self.training
-        self.eval()
-        with torch.enable_grad():
+        def feature_of(network: nn.Module) -> Tensor:
+            device = next(network.parameters()).device
             try:
-                feature = self(torch.zeros(1, 3, self.image_size, self.image_size))
+                feature = network(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise ModelError(
                     f"{self.name} cannot take images of {self.image_size} pixels: {error}"
                 ) from error
             if feature.ndim != 2:
                 raise ModelError(f"{self.name} gives {tuple(feature.shape)}, expected one feature per image")
-            freeze_unused(self, feature)
-        self.train(training)
-        return int(feature.shape[1])
+            return feature
+
+        return freeze_unused(
+            self.network, lambda: _create(self.name, self.image_size, self.options), feature_of
+        )
 
 
 def build_timm(settings: VisionSettings) -> tuple[TimmVision, Preprocessing]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,15 +91,44 @@ class VisionTrunk(nn.Module):
         self.load_state_dict(state)
 
 
-def freeze_unused(model: nn.Module, feature: Tensor) -> None:
+def freeze_unused(
+    model: nn.Module, twin: Callable[[], nn.Module], feature_of: Callable[[nn.Module], Tensor]
+) -> int:
     """Freeze the parameters that a feature does not depend on: DDP would wait for their gradients.
+
+    It is asked of a twin without values, which costs nothing; a model whose code needs values is asked itself.
 
     Args:
         model: the network.
-        feature: its output, with a graph.
+        twin: builds the same network.
+        feature_of: runs a network on a blank image of its device; (1, dim).
+
+    Returns:
+        dim.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(feature.sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            parameter.requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            shadow = twin()
+        dim, unused = _unused(shadow, feature_of)
+        # raises for a twin with other parameters
+        frozen = [model.get_parameter(name) for name in unused]
+    except Exception:  # whatever its code makes of tensors without values; with values it says what is wrong
+        dim, unused = _unused(model, feature_of)
+        frozen = [model.get_parameter(name) for name in unused]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return dim
+
+
+def _unused(model: nn.Module, feature_of: Callable[[nn.Module], Tensor]) -> tuple[int, list[str]]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            feature = feature_of(model)
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(feature.sum(), [p for _, p in named], allow_unused=True)
+    finally:
+        model.train(training)
+    unused = [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+    return int(feature.shape[-1]), unused

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llm2clip.errors import ModelError
 from llm2clip.files import read_json
@@ -20,6 +21,32 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # where trainers put the weights among other things
 _INSIDE = ("state_dict", "model", "module")
 _WRAPPERS = ("module.", "_orig_mod.")
+_RANDOM = (
+    torch.Tensor.uniform_,
+    torch.Tensor.normal_,
+    torch.Tensor.erfinv_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.trunc_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.xavier_uniform_,
+)
+
+
+class skip_random_init(TorchFunctionMode):  # noqa: N801 - a context manager
+    """Inside, modules are built without their random initial values, which take longer than reading a file.
+
+    Parameters hold whatever was in memory: only for modules all of whose weights are loaded afterwards.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leaves the tensor of a random initialisation as it is."""
+        kwargs = kwargs or {}
+        if func in _RANDOM:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -97,13 +97,12 @@ class ClipTask:
         require_stored_captions(self._source, settings.data.captions, self._store)
         _require_same_encoder(Path(settings.run.out), self._store, world)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
-        self.model = LLM2CLIP(model_settings(settings), self._store.dim, self._store.fingerprint).to(
-            world.device
-        )
+        self.model = LLM2CLIP.from_settings(
+            model_settings(settings), self._store.dim, self._store.fingerprint
+        ).to(world.device)
         self.module: nn.Module = TwoTowers(self.model)
         self.samples = len(self._source)
-        vision = self.model.vision_model
-        self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
+        self._transform = self.model.vision_model.preprocessing.transform(train=True)
 
     def groups(self) -> Mapping[str, NamedParameters]:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -162,7 +161,9 @@ class ClipTask:
 
     def export(self, path: Path) -> None:
         """Write the model as `LLM2CLIP.from_pretrained` reads it."""
-        self.model.save_pretrained(path)
+        from llm2clip.export.card import run_card
+
+        self.model.save_pretrained(path, run_card(Path(self.settings.run.out)))
 
 
 def model_settings(settings: TrainSettings) -> ModelSettings:
