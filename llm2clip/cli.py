@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | export | env`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(commands, "embed texts", "caption features of a CLIP model, into a store", _embed_texts)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(commands, "export", "models for Hugging Face, open_clip, ONNX; merged LLMs", _export)
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -101,7 +102,7 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    loads = (_finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _demo)
+    loads = (_finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _export, _demo)
     if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
 
@@ -180,6 +181,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         from llm2clip.evaluation import evaluate
 
         evaluate(settings)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ExportSettings
+
+    if (settings := _settings(args, ExportSettings)) is not None:
+        from llm2clip.export import export
+
+        print(f"{settings.layout} layout in {export(settings)}, loaded back with equal features")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +151,16 @@ def _image_encoder(settings: EmbedImagesSettings, device: torch.device) -> _Imag
     model: ClipTeacher | VisionTower
     if settings.model:
         model = ClipTeacher(settings.model).to(device)
-        transform, found = model.transform, model.fingerprint("images")
+        found = model.fingerprint("images")
     else:
         model = build_vision_tower(settings.vision).eval().to(device)
-        transform = ImageTransform(model.image_size, model.mean, model.std)
         found = {"features": "vision tower", "weights": tensors_digest(model.state_dict().items())}
+    preprocessing = model.preprocessing
     if settings.views:
-        # the student's crops: `training.clip_task` cuts with the same transform and the same random numbers
-        transform = ImageTransform(transform.size, transform.mean, transform.std, train=True)
-    found |= {"image_size": transform.size, "mean": list(transform.mean), "std": list(transform.std)}
-    found |= {"fit": transform.fit, "views": settings.views}
+        # the student's crops: it cuts in the same way, with the same random numbers
+        preprocessing = replace(preprocessing, fit=settings.fit)
+    transform = preprocessing.transform(train=settings.views > 0)
+    found |= {"preprocessing": preprocessing.to_config(), "views": settings.views}
     return _ImageEncoder(model, transform, found, autocast_of(settings.precision, device))
 
 

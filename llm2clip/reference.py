@@ -11,6 +11,7 @@ from llm2clip.settings import (
     EmbedSettings,
     EmbedTextsSettings,
     EvaluateSettings,
+    ExportSettings,
     FinetuneLLMSettings,
     TrainSettings,
 )
@@ -22,6 +23,7 @@ COMMANDS: tuple[type, ...] = (
     EmbedTextsSettings,
     TrainSettings,
     EvaluateSettings,
+    ExportSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

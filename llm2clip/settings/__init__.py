@@ -5,11 +5,12 @@ docs/config.md is generated from the help texts here.
 """
 
 from llm2clip.settings.base import at_least, setting
-from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import TrainSettings
 from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.embed_clip import EmbedImagesSettings, EmbedTextsSettings
 from llm2clip.settings.evaluate import EvaluateSettings
+from llm2clip.settings.export import ExportLayout, ExportSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
     EmbedSettings,
@@ -26,19 +27,35 @@ from llm2clip.settings.llm import (
     StoreDtype,
     Template,
 )
+from llm2clip.settings.model import (
+    ClipTextSettings,
+    Fit,
+    Interpolation,
+    ModelSettings,
+    TextSettings,
+    VisionKind,
+    VisionLoraSettings,
+    VisionPooling,
+    VisionSettings,
+)
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
     "CaptionLossSettings",
     "CaptionSettings",
     "ClipLossSettings",
+    "ClipTextSettings",
     "DataSettings",
     "DistillSettings",
     "EmbedImagesSettings",
     "EmbedSettings",
     "EmbedTextsSettings",
     "EvaluateSettings",
+    "ExportLayout",
+    "ExportSettings",
     "FinetuneLLMSettings",
+    "Fit",
+    "Interpolation",
     "LLMSettings",
     "Layout",
     "LoraSettings",
@@ -54,7 +71,11 @@ __all__ = [
     "StoreDtype",
     "TeacherSettings",
     "Template",
+    "TextSettings",
     "TrainSettings",
+    "VisionKind",
+    "VisionLoraSettings",
+    "VisionPooling",
     "VisionSettings",
     "at_least",
     "setting",

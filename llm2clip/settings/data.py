@@ -65,8 +65,8 @@ class DataSettings:
     captions: CaptionSettings = setting(factory=CaptionSettings, help="caption fields and their roles")
     workers: int | None = setting(
         None,
-        "data-loader processes per rank; 0 reads in the training process; null: 0 where the CPU trains, beside a GPU "
-        "this rank's share of the cores",
+        "data-loader processes per rank; 0 reads in a thread of the training process; null: 0 where the CPU trains, "
+        "beside a GPU this rank's share of the cores",
     )
     shuffle_shards: int = setting(16, "shards whose samples are mixed in one shuffling window")
     max_bad_share: float = setting(0.05, "stop when more than this share of the samples read cannot be used")

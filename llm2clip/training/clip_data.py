@@ -17,6 +17,8 @@ from llm2clip.data.images import ImageTransform, decode_image
 from llm2clip.data.sample import Sample
 from llm2clip.data.store import EmbeddingStore
 from llm2clip.errors import BadSampleError, StoreError
+from llm2clip.models.clip_text import ClipTokens
+from llm2clip.models.tokens import Tokens
 from llm2clip.settings import CaptionSettings
 
 T = TypeVar("T")
@@ -58,6 +60,8 @@ class ImageTexts:
         teacher_tower: (B, F) fp32 of the tower that the run began with.
         owners: (C,) int64, the image of each caption in the batch that was split.
         meeting: whether images of one group may meet in the batch, here or on another rank.
+        tokens: C captions for an LLM that is part of the model; None: they come as embeddings.
+        clip_tokens: C captions for CLIP's own text tower.
     """
 
     keys: list[str]
@@ -72,6 +76,8 @@ class ImageTexts:
     teacher_tower: Tensor | None = None
     owners: Tensor | None = None
     meeting: bool = True
+    tokens: list[Tokens] | None = None
+    clip_tokens: ClipTokens | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

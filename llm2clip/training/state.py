@@ -88,7 +88,7 @@ class TrainState:
         if self._task.sharded:
             sharding.average_gradients(self.optimizer, self._world)
         parallel.average_scalars(self.module, self._world)
-        self._scaler.unscale_(self.optimizer)
+        parallel.unscale(self.module, self.optimizer, self._scaler)
         return loss, metrics, optim.clip_gradients(self.optimizer, self._settings.grad_clip)
 
     def update(self, loss: float, norm: float, samples: Sequence[Any]) -> None:
@@ -101,12 +101,15 @@ class TrainState:
         overflowed = self._scaler.is_enabled() and math.isfinite(loss)
         if not finite and not (overflowed and self._scaler.get_scale() > precision.SMALLEST_SCALE):
             raise self._not_finite(loss, norm, self._task.names(samples))
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
         if finite:
+            self._scaler.step(self.optimizer)
             self._task.after_step()
             if self._average is not None:
                 self._average.update(self.at.step + 1)
+        scale = self._scaler.get_scale()
+        self._scaler.update()
+        if not finite and self._scaler.get_scale() >= scale:  # the scaler has not seen what overflowed
+            self._scaler.update(scale * self._scaler.get_backoff_factor())
 
     def extra_metrics(self) -> dict[str, float]:
         """The scale of an fp16 loss, where there is one."""
