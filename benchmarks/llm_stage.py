@@ -67,8 +67,11 @@ _MNTP = {"objective": "mntp", "llm": {"bidirectional": True, "pooling": "mean"},
 ROWS = {
     "raw-causal": Row("no LoRA, causal, mean", llm={"bidirectional": False, "pooling": "mean"}),
     "raw-bidirectional": Row("no LoRA, bidirectional, mean", llm={"bidirectional": True, "pooling": "mean"}),
+    "raw-weighted": Row(
+        "no LoRA, causal, weighted mean", llm={"bidirectional": False, "pooling": "weighted_mean"}
+    ),
     "minilm": Row("all-MiniLM-L6-v2"),
-    "cc": Row("CC, the recipe", {}),
+    "cc": Row("CC, the recipe (causal, weighted mean)", {}),
     "mntp": Row("MNTP only, bidirectional, mean", _MNTP),
     "cc-causal": Row("CC, causal, mean", {"llm": {"bidirectional": False, "pooling": "mean"}}),
     "cc-bidirectional": Row("CC, bidirectional, mean", {"llm": {"bidirectional": True, "pooling": "mean"}}),
