@@ -250,6 +250,16 @@ def test_a_batch_without_masks_is_no_error(llm: Path, tmp_path: Path) -> None:
     assert loss.item() == 0.0
 
 
+def test_texts_that_need_a_pack_of_their_own_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    original = {"original_max_position_embeddings": 64}
+    changes = {"rope_parameters": rope | original, **original, "sliding_window": None}
+    folder = save_tiny(tmp_path / "phi3", "phi3", head=True, **changes)
+    with pytest.raises(ConfigError, match="texts beyond 64 tokens need a pack of their own.*it is 65"):
+        MNTPTask(settings_of(folder, tmp_path, llm={"max_length": 65}), ALONE)
+    MNTPTask(settings_of(folder, tmp_path, llm={"max_length": 64}), ALONE)
+
+
 def test_a_model_saved_without_its_head_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "untied", tie_word_embeddings=False, head=True)
     CaptionEncoder.from_pretrained(folder).save_pretrained(tmp_path / "bare")
