@@ -165,18 +165,13 @@ def test_mask_tokens() -> None:
 
 def test_long_texts_give_windows_from_everywhere() -> None:
     captions = CaptionTokenizer(tiny_tokenizer(bos=True), max_length=11)
-    text = "".join(chr(97 + n % 26) for n in range(100))
+    text = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # no token occurs twice
     whole = captions.tokenizer(text, add_special_tokens=False)["input_ids"]
-    starts = []
-    for share in (0.0, 0.5, 0.999):
+    for share, start in ((0.0, 0), (0.5, 26), (0.999, 52)):
         (tokens,) = captions([text], windows=[share])
-        start = next(n for n in range(100) if whole[n : n + 10] == tokens.ids[1:])
-        starts.append(start if share else 0)
-        assert tokens.truncated and len(tokens.ids) == 11 and tokens.ids[0] == 1
-    (last,) = captions([text[:40]], windows=[0.999])
-    assert last.ids[1:] == whole[30:40] and starts[0] < starts[1] or starts[1] > 0
+        assert tokens.truncated and tokens.ids == [1, *whole[start : start + 10]]
     (short,) = captions(["abc"], windows=[0.9])
-    assert not short.truncated and short.ids[1:] == whole[:3]
+    assert not short.truncated and len(short.ids) == 4
 
 
 def gradients(task: MNTPTask, budget: int, size: int) -> tuple[float, dict[str, torch.Tensor], int]:
