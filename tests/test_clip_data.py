@@ -48,7 +48,7 @@ def test_a_dense_ratio_of_three_quarters_over_more_than_two_roles() -> None:
     assert shares(settings, sample(raw="real", c="dense long")) == pytest.approx(
         {"real": 0.4, "dense long": 0.6}, abs=0.03
     )
-    with pytest.raises(BadSampleError, match="no caption in none, alt, raw, a, b, c; it has other"):
+    with pytest.raises(BadSampleError, match="no caption in raw, a, b, c; it has other"):
         draw_captions(sample(other="x"), settings, np.random.default_rng(0))
 
 

@@ -232,19 +232,20 @@ def draw_captions(sample: Sample, captions: CaptionSettings, rng: np.random.Gene
     Raises:
         BadSampleError: no role that may be drawn has text.
     """
+    chances = captions.chances
     left = {
         role: list(dict.fromkeys(texts))
         for role, names in captions.all_roles.items()
-        if (texts := role_texts(sample, names)) and _chance(captions, role) > 0
+        if role in chances and (texts := role_texts(sample, names))
     }
     if not left:
-        wanted = ", ".join(dict.fromkeys(name for names in captions.all_roles.values() for name in names))
+        wanted = ", ".join(dict.fromkeys(name for role in chances for name in captions.all_roles[role]))
         raise BadSampleError(
             sample.key, f"no caption in {wanted}; it has {', '.join(sample.captions) or 'none'}"
         )
     drawn: list[str] = []
     while left and len(drawn) < captions.per_image:
-        role = _draw({role: _chance(captions, role) for role in left}, rng)
+        role = _draw({role: chances[role] for role in left}, rng)
         open_texts = left[role]
         text = open_texts.pop(int(rng.integers(len(open_texts))) if len(open_texts) > 1 else 0)
         if text not in drawn:  # two roles may have the same text
@@ -257,10 +258,6 @@ def draw_captions(sample: Sample, captions: CaptionSettings, rng: np.random.Gene
 def role_texts(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
     """All texts of the first of these fields that has any."""
     return next((texts for name in names if (texts := sample.captions.get(name))), ())
-
-
-def _chance(captions: CaptionSettings, role: str) -> float:
-    return captions.probabilities.get(role, 0.0) if captions.probabilities else 1.0
 
 
 def _draw(chances: dict[str, float], rng: np.random.Generator) -> str:
