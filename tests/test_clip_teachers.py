@@ -283,7 +283,7 @@ def test_the_adapter_learns_clips_captions_without_images(
     kit: Kit, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # ProCLIP's first stage: captions alone, and only the adapter moves
-    monkeypatch.setattr("llm2clip.training.clip_data.decode_image", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("llm2clip.training.clip_reader.decode_image", lambda *a, **k: pytest.fail("decoded"))
     more = teach(stores, {"text": {"mse": 1.0, "structure": 1.0}}, kind="none")
     more["data"] = {"val": []}
     settings = kit.clip_stage(tmp_path, more=more, steps=40, batch_size=20, lr=1e-2, dropout=0.0)
@@ -346,7 +346,7 @@ def test_heads_train_on_stored_features_of_a_frozen_tower(
     settings = replace(
         settings, features=str(tmp_path / "features"), model=replace(settings.model, vision=vision)
     )
-    monkeypatch.setattr("llm2clip.training.clip_data.decode_image", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("llm2clip.training.clip_reader.decode_image", lambda *a, **k: pytest.fail("decoded"))
     task = ClipTask(settings, ALONE)
     before = {n: p.clone() for n, p in task.model.vision_model.named_parameters()}
     assert not any(p.requires_grad for p in task.model.vision_model.parameters())

@@ -23,7 +23,7 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, DataSettings, EmbedSettings, LLMSettings
 from llm2clip.training import gradient_cache
-from llm2clip.training.clip_data import draw_captions
+from llm2clip.training.clip_reader import draw_captions
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.llm_task import CaptionPairEmbedder, LLMTask, PairTokens
 from llm2clip.training.loop import train

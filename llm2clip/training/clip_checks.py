@@ -20,7 +20,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision import VisionTower
 from llm2clip.settings import CaptionSettings, TrainSettings
 from llm2clip.training import checkpoint
-from llm2clip.training.clip_data import Reader, role_texts
+from llm2clip.training.clip_reader import Reader, role_texts
 from llm2clip.training.teachers import Teachers
 from llm2clip.training.world import World
 
