@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from llm2clip.cli import main
 from llm2clip.config import dump_yaml
 from llm2clip.errors import DataError
-from llm2clip.training import checkpoint
+from llm2clip.training import checkpoint, failures
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.run import finetune_llm, train_clip
 from llm2clip.training.world import World
@@ -96,7 +96,7 @@ def grouped_stage(kit: Kit, out: Path, **run: Any) -> Any:
 
 def masked_stage(kit: Kit, out: Path, **run: Any) -> Any:
     """Images that share what they show, as masked pairs over both ranks."""
-    settings = grouped_stage(kit, out, **run)
+    settings = grouped_stage(kit, out, peak_tflops=1.0, **run)
     captions = replace(settings.data.captions, per_image=1)
     return replace(settings, data=replace(settings.data, captions=captions))
 
@@ -252,8 +252,15 @@ def _fail(kind: str, only: int) -> Prepare:
 @pytest.mark.parametrize("only", [0, 1])
 @pytest.mark.parametrize(("kind", "code"), [("data", 2), ("crash", 1), ("killed", -signal.SIGKILL)])
 def test_a_rank_that_fails_takes_the_other_along(
-    kit: Kit, tmp_path: Path, kind: str, code: int, only: int, capfd: pytest.CaptureFixture[str]
+    kit: Kit,
+    tmp_path: Path,
+    kind: str,
+    code: int,
+    only: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE", 0.5)  # a killed rank leaves no note to wait for
     codes = exit_codes(start(kit.clip_stage(tmp_path / "run"), _fail(kind, only)))
     assert codes[only] == code
     # the other one knows why

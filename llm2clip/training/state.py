@@ -65,7 +65,8 @@ class TrainState:
         """FLOPs of one sample (flops.flops_per_sample), from the first few; 0 where they are not to be counted."""
         if self._run.peak_tflops == 0:
             return 0.0
-        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)
+        # one chunk: ranks of a sharded module must make equally many forwards
+        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)[:1]
         return flops.flops_per_sample(self._task.module, chunks, self._world.device, self.autocast)
 
     def backward(self, chunks: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
