@@ -12,7 +12,7 @@ from torch import nn
 from llm2clip.errors import ModelError
 from llm2clip.models.hf_files import load_named, published_names
 from llm2clip.models.weights import check_names, load_weights, not_allowed, one_tensor, skip_random_init
-from tests.vision_kit import CONVOLUTIONAL, VITS, hf_tower, hf_vision_model
+from tests.vision_kit import CONVOLUTIONAL, VITS, hf_vision_model
 
 
 @pytest.mark.parametrize("kind", [*VITS, *CONVOLUTIONAL])
@@ -36,13 +36,7 @@ def test_names_are_those_of_files_on_the_hub(kind: str, tmp_path: Path) -> None:
         assert all(torch.equal(t, model.state_dict()[n]) for n, t in other.state_dict().items())
 
 
-def test_attention_takes_the_fused_path(tmp_path: Path) -> None:
-    for kind in VITS:
-        for options in ({}, {"image_size": 24}):
-            tower = hf_tower(tmp_path / kind, kind, **options)
-            assert tower.model.model.config._attn_implementation == "sdpa", (kind, options)
-
-
+@pytest.mark.filterwarnings("ignore:mean is more than 2 std")
 def test_building_without_random_values() -> None:
     with skip_random_init():
         for fill in (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_, nn.init.uniform_):

@@ -22,6 +22,13 @@ from llm2clip.models.preprocessing import PREPROCESSOR
 
 IMAGE, TEXT = "image.onnx", "text_adapter.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_USAGE = (
+    "from llm2clip.export.onnx import OnnxModel",
+    "",
+    "model = OnnxModel(path)  # or onnxruntime.InferenceSession on image.onnx and text_adapter.onnx",
+    "images = model.get_image_features(pixel_values)",
+    "texts = model.get_text_features(encoder.encode(captions))",
+)
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
@@ -65,7 +72,7 @@ def fill_onnx(model: LLM2CLIP, folder: Path, card: ModelCard | None = None) -> N
         folder / "config.json", {"model_type": "llm2clip_onnx", **sizes, "text_encoder": model.fingerprint}
     )
     write_json(folder / PREPROCESSOR, model.vision_model.preprocessing.to_preprocessor())
-    write_text(folder / "README.md", (card or ModelCard()).render(model))
+    write_text(folder / "README.md", (card or ModelCard()).render(model, _USAGE))
 
 
 def _export(module: nn.Module, example: Tensor, name: str, output: str, file: Path) -> None:
