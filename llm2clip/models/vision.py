@@ -74,7 +74,7 @@ class VisionTower(nn.Module):
         return self.model(pixel_values)
 
     def layer_groups(self) -> list[LayerGroup]:
-        """Parameters in order of depth, by their names in this module: for learning rates that fall with depth."""
+        """Parameters in order of depth, by their names in this module, as `lock` counts them."""
         return [
             LayerGroup(group.name, tuple(f"model.{name}" for name in group.parameters))
             for group in self.model.layer_groups()
