@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_clip_step
-from llm2clip.training.clip_data import ImageTexts
+from benchmarks import bench_clip_step, clip_trainers
+from llm2clip.training.clip_batch import ImageTexts
 
 SMALL = [
     "--batch",
@@ -42,12 +42,12 @@ def test_all_trainers_have_one_loss_curve(
 def test_a_trainer_that_learns_something_else_ends_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(bench_clip_step.Ours):
+    class Wrong(clip_trainers.Ours):
         def step(self, number: int, batch: ImageTexts) -> float:
             return super().step(number, batch[:3])
 
-    makers: dict[str, Any] = bench_clip_step.MAKERS | {"ours": Wrong}
-    monkeypatch.setattr(bench_clip_step, "MAKERS", makers)
+    makers: dict[str, Any] = clip_trainers.MAKERS | {"ours": Wrong}
+    monkeypatch.setattr(clip_trainers, "MAKERS", makers)
     with pytest.raises(SystemExit, match="losses differ from those of plain"):
         bench_clip_step.main([*SMALL, "--data", str(tmp_path), "--providers", "plain", "ours"])
     with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ from llm2clip.data.sources import open_source
 from llm2clip.embed import collect_captions
 from llm2clip.errors import BadSampleError, DataError
 from llm2clip.settings import CaptionSettings, DataSettings
-from llm2clip.training.clip_data import draw_captions
+from llm2clip.training.clip_reader import draw_captions
 from tests.data_files import write_tar
 from tests.training_kit import picture
 

@@ -100,6 +100,18 @@ def test_forward_follows_the_definition() -> None:
     assert tower.dim == 24
 
 
+def test_rotations_stay_exact_in_half_precision() -> None:
+    tower, pixels = tiny_eva02(), torch.randn(2, 3, 16, 16)
+    exact = tower(pixels)
+    half = tiny_eva02().to(torch.bfloat16)
+    assert half.rope_cos.dtype == torch.float32 and torch.equal(half.rope_cos, tower.rope_cos)
+    assert half.pos_embed.dtype == torch.bfloat16
+    out = half(pixels.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, atol=0.15, rtol=0.1)
+    assert tower.double().rope_sin.dtype == torch.float64
+
+
 def test_sizes_are_the_published_ones() -> None:
     # timm counts the same for eva02_base_patch16_clip_224 and the two large ones, without classifier
     counts = {"eva02-b-16": 85_869_312, "eva02-l-14": 303_317_952, "eva02-l-14-336": 303_645_632}

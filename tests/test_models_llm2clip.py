@@ -153,6 +153,13 @@ def test_save_and_load(model: LLM2CLIP, tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_a_run_directory_stands_for_its_result(model: LLM2CLIP, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run" / "result")
+    embeddings = torch.randn(2, 12)
+    again = LLM2CLIP.from_pretrained(tmp_path / "run")
+    assert torch.equal(again.get_text_features(embeddings), model.get_text_features(embeddings))
+
+
 def test_failed_save_keeps_the_old_one(
     model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

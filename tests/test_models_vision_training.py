@@ -68,6 +68,11 @@ def test_patch_dropout_needs_patches(tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 16, 16)
     expected = tower(pixels)
     assert torch.equal(tower.train()(pixels), expected)
+    tower.model.set_patch_dropout(0.5)  # once more: patches are still dropped once
+    seen: list[int] = []
+    tower.model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    tower(pixels)
+    assert seen == [1 + 8]
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "vit", "dinov3_vit", "eva02"])
@@ -167,6 +172,15 @@ def test_locking_counts_groups_as_open_clip_does(tmp_path: Path) -> None:
     assert parts(trained(4)) == {"0", "1", "post_layernorm", "pre_layrnorm", "embeddings"}
     with pytest.raises(ModelError, match="3 groups and the projection, so at most 4, got 5"):
         trained(5)
+    # more and more is unlocked as training goes on
+    tower = hf_tower(tmp_path, "clip_vision_model")
+    whole = {name for name, p in tower.named_parameters() if p.requires_grad}
+    counts = []
+    for unlocked in (0, 1, 2, 3, 1):
+        tower.lock(unlocked)
+        counts.append(sum(p.requires_grad for p in tower.parameters()))
+    assert counts[0] == 0 < counts[1] < counts[2] < counts[3] == len(whole) and counts[4] == counts[1]
+    assert not tower.frozen
 
 
 def test_locked_batch_norms_keep_their_statistics() -> None:
@@ -203,6 +217,9 @@ def test_loading_at_another_size_changes_positions_alone(kind: str, tmp_path: Pa
     pixels = torch.randn(2, 3, 24, 24)
     feature = larger(pixels)
     assert feature.shape == (2, larger.dim) and torch.isfinite(feature).all()
+    if kind != "eva02":  # which calls the fused attention itself
+        for tower in (native, larger):
+            assert tower.model.model.config._attn_implementation == "sdpa"
     with pytest.raises(ModelError, match="multiple of the patch size 4"):
         any_tower(tmp_path, kind, image_size=18)
 

@@ -21,11 +21,15 @@ from safetensors.torch import load_file
 
 from llm2clip.cli import main
 from llm2clip.config import dump_yaml
+from llm2clip.data.image_address import image_address
+from llm2clip.data.sources import open_source
+from llm2clip.data.store import EmbeddingStore
 from llm2clip.errors import DataError
-from llm2clip.training import checkpoint
+from llm2clip.training import checkpoint, failures
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.run import finetune_llm, train_clip
 from llm2clip.training.world import World
+from tests.tiny_models import save_tiny_clip
 from tests.training_kit import Kit, curve, make_kit, newest_tensors, records, wait_for, write_set
 
 pytestmark = pytest.mark.dist
@@ -56,7 +60,13 @@ def start(settings: Any, prepare: Prepare = lambda rank: None) -> list[Any]:
     out = Path(settings.run.out)
     path = out.with_name(out.name + ".yaml")
     path.write_text(dump_yaml(settings))
-    command = ["finetune-llm" if hasattr(settings, "llm") else "train", "--config", str(path)]
+    return start_command(
+        ["finetune-llm" if hasattr(settings, "llm") else "train", "--config", str(path)], prepare
+    )
+
+
+def start_command(command: list[str], prepare: Prepare = lambda rank: None) -> list[Any]:
+    """Start a command of ours on two ranks."""
     port = free_port()
     ranks = [FORK.Process(target=_rank, args=(rank, port, command, prepare)) for rank in range(2)]
     for process in ranks:
@@ -96,7 +106,7 @@ def grouped_stage(kit: Kit, out: Path, **run: Any) -> Any:
 
 def masked_stage(kit: Kit, out: Path, **run: Any) -> Any:
     """Images that share what they show, as masked pairs over both ranks."""
-    settings = grouped_stage(kit, out, **run)
+    settings = grouped_stage(kit, out, peak_tflops=1.0, **run)
     captions = replace(settings.data.captions, per_image=1)
     return replace(settings, data=replace(settings.data, captions=captions))
 
@@ -173,6 +183,19 @@ def test_ranks_see_the_samples_of_one_process_after_any_resume(kit: Kit, tmp_pat
     for size in (2, 3):
         parts = [seen(World(rank, size, cpu), (0, 2)) for rank in range(size)]
         assert [[key for part in parts for key in part[i]] for i in range(5)] == whole
+
+
+def test_two_processes_embed_images_into_one_store(kit: Kit, tmp_path: Path) -> None:
+    save_tiny_clip(tmp_path / "clip")
+    options = [f"data.train={kit.data()['train']}", f"model={tmp_path / 'clip'}", "device=cpu", "dtype=fp32"]
+    command = ["embed", "images", *options, "views=2", "batch_size=8"]
+    assert exit_codes(start_command([*command, f"out={tmp_path / 'two'}"])) == [0, 0]
+    assert main([*command, f"out={tmp_path / 'one'}"]) == 0
+    one, two = EmbeddingStore.open(tmp_path / "one"), EmbeddingStore.open(tmp_path / "two")
+    assert len(one) == len(two) == 80 and two.complete and not list((tmp_path / "two").glob("rank-*"))
+    source = open_source(kit.data()["train"])
+    addresses = [image_address(source[i].image or b"", view) for i in range(40) for view in range(2)]
+    torch.testing.assert_close(two.get(addresses), one.get(addresses), rtol=1e-4, atol=1e-5)
 
 
 def test_an_overflow_on_one_rank_is_left_out_by_both(kit: Kit, tmp_path: Path) -> None:
@@ -252,8 +275,15 @@ def _fail(kind: str, only: int) -> Prepare:
 @pytest.mark.parametrize("only", [0, 1])
 @pytest.mark.parametrize(("kind", "code"), [("data", 2), ("crash", 1), ("killed", -signal.SIGKILL)])
 def test_a_rank_that_fails_takes_the_other_along(
-    kit: Kit, tmp_path: Path, kind: str, code: int, only: int, capfd: pytest.CaptureFixture[str]
+    kit: Kit,
+    tmp_path: Path,
+    kind: str,
+    code: int,
+    only: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE", 0.5)  # a killed rank leaves no note to wait for
     codes = exit_codes(start(kit.clip_stage(tmp_path / "run"), _fail(kind, only)))
     assert codes[only] == code
     # the other one knows why

@@ -15,6 +15,7 @@ from llm2clip.environment import environment
 from llm2clip.errors import DataError, UserError
 from llm2clip.files import read_json
 from llm2clip.models.model_card import ModelCard, licence_of
+from llm2clip.models.model_files import RESULT
 from llm2clip.settings import DataSettings, ExportSettings
 
 _CONFIG, _METRICS = "config.yaml", "metrics.jsonl"
@@ -24,8 +25,11 @@ _CREDIT = ("name", "license", "licence", "attribution", "homepage")
 
 
 def find_run(model: Path) -> Path | None:
-    """The run directory that a model directory is, or is the result of; None where there is none."""
-    return next((place for place in (model, model.parent) if (place / _CONFIG).is_file()), None)
+    """The run directory that a path is, or whose result it is; None where there is none."""
+    places = (model, model.parent) if model.name == RESULT else (model,)
+    return next(
+        (place for place in places if (place / _CONFIG).is_file() and (place / RESULT).is_dir()), None
+    )
 
 
 def run_card(run: Path | None, settings: ExportSettings | None = None) -> ModelCard:

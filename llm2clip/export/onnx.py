@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,14 @@ from llm2clip.models.preprocessing import PREPROCESSOR
 
 IMAGE, TEXT = "image.onnx", "text_adapter.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_USAGE = (
+    "from llm2clip.export.onnx import OnnxModel",
+    "",
+    "model = OnnxModel(path)  # or onnxruntime.InferenceSession on image.onnx and text_adapter.onnx",
+    "images = model.get_image_features(pixel_values)",
+    "texts = model.get_text_features(encoder.encode(captions))",
+)
+_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
 class _Image(nn.Module):
@@ -62,31 +72,40 @@ def fill_onnx(model: LLM2CLIP, folder: Path, card: ModelCard | None = None) -> N
         folder / "config.json", {"model_type": "llm2clip_onnx", **sizes, "text_encoder": model.fingerprint}
     )
     write_json(folder / PREPROCESSOR, model.vision_model.preprocessing.to_preprocessor())
-    write_text(folder / "README.md", (card or ModelCard()).render(model))
+    write_text(folder / "README.md", (card or ModelCard()).render(model, _USAGE))
 
 
 def _export(module: nn.Module, example: Tensor, name: str, output: str, file: Path) -> None:
-    module = module.eval()
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # says of every op of torchvision that it is not there
+    with _quiet():
+        try:
+            program: Any = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                input_names=[name],
+                output_names=[output],
+                dynamic_shapes={name: {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+            assert program is not None
+            program.save(file)
+        except Exception as error:  # the exporter raises types of its own, of torch.export and of onnxscript
+            reason = " ".join(str(error).split())[:500]
+            raise ModelError(f"it cannot be exported to ONNX: {type(error).__name__}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own log: every op of torchvision that is not there, every rule applied."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        program: Any = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            input_names=[name],
-            output_names=[output],
-            dynamic_shapes={name: {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-        assert program is not None
-        program.save(file)
-    except Exception as error:  # the exporter raises types of its own, of torch.export and of onnxscript
-        reason = " ".join(str(error).split())[:500]
-        raise ModelError(f"the tower cannot be exported to ONNX: {type(error).__name__}: {reason}") from error
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class OnnxModel:

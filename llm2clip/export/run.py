@@ -46,11 +46,10 @@ def export(settings: ExportSettings) -> Path:
         return _export_llm(settings, out)
     if not settings.model:
         raise ConfigError("model is empty; give the run or model directory, or the checkpoint, to export")
-    place = _model_place(Path(settings.model))
     model = LLM2CLIP.from_pretrained(
-        place, allow_missing=settings.allow_missing, allow_unexpected=settings.allow_unexpected
+        settings.model, allow_missing=settings.allow_missing, allow_unexpected=settings.allow_unexpected
     )
-    run = find_run(place)
+    run = find_run(Path(settings.model))
     card = run_card(run, settings)
     with torch.no_grad(), atomic_path(out) as folder:
         folder.mkdir()
@@ -63,11 +62,6 @@ def export(settings: ExportSettings) -> Path:
         for side, wanted, found in zip(("image", "text"), expected, _features(back, model), strict=True):
             _compare(side, wanted, found, settings, f"nothing was written to {out}")
     return out
-
-
-def _model_place(path: Path) -> Path:
-    """A model directory or file; of a run directory its result."""
-    return path / "result" if (path / "result" / "config.json").is_file() else path
 
 
 def _features(model: LLM2CLIP | OnnxModel, like: LLM2CLIP | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ and columns beside a learned position embedding, SwiGLU, and a norm inside atten
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -198,6 +199,14 @@ class EVA02(VisionTrunk):
             else:
                 x = block(x, cos, sin)
         return self.norm(x[:, 0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EVA02:
+        super()._apply(fn, recurse)
+        if self.rope_cos.dtype in (torch.float16, torch.bfloat16):
+            # angles of half precision would move the patches
+            for name, table in zip(("rope_cos", "rope_sin"), rotary_tables(self.sizes), strict=True):
+                self._buffers[name] = table.to(self.rope_cos.device)
+        return self
 
     def config(self) -> dict[str, Any]:
         """The sizes."""

@@ -16,7 +16,7 @@ from llm2clip.files import read_json
 from llm2clip.models.hf_vision import HFVision
 from llm2clip.models.positions import resized_state
 from llm2clip.models.preprocessing import Preprocessing, read_preprocessor
-from llm2clip.models.weights import one_tensor
+from llm2clip.models.weights import check_names, one_tensor, skip_random_init
 from llm2clip.settings import VisionPooling, VisionSettings
 
 _POOLERS = ("pooler.", "head.")
@@ -125,7 +125,8 @@ def at_size(model: Any, image_size: int) -> Any:
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in type(model)(config).state_dict().items()}
     state = resized_state(model.state_dict(), shapes, own // patch, image_size // patch, name)
-    resized = type(model)(config).to(next(model.parameters()).dtype)
+    with skip_random_init():
+        resized = type(model)(config).to(next(model.parameters()).dtype)
     resized.load_state_dict(state)
     return resized.eval()
 
@@ -193,8 +194,6 @@ def load_named(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Raises:
         ModelError: weights are missing, unexpected or of another shape.
     """
-    from llm2clip.models.weights import check_names
-
     own = model.state_dict()
     bare = {name.removeprefix(_HALF): tensor for name, tensor in state.items()}
     half = {_HALF + name: tensor for name, tensor in bare.items()}

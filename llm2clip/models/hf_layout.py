@@ -49,6 +49,8 @@ def fill_hugging_face(model: LLM2CLIP, folder: Path, card: ModelCard | None = No
         inside = {f"vision_model.{name}": t for name, t in eva_to_transformers(trunk.state_dict()).items()}
     elif isinstance(trunk, HFVision) and trunk.model.config.model_type in _WHOLE:
         model_type, vision = _WHOLE[trunk.model.config.model_type], config_to_dict(trunk.model.config)
+        if model_type == "clip":  # where CLIPVisionModelWithProjection looks for it
+            vision["projection_dim"] = model.settings.embed_dim
         inside = published_names(trunk.model)
     else:
         raise ModelError(

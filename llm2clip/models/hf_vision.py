@@ -49,6 +49,7 @@ class HFVision(VisionTrunk):
         self.pooling: VisionPooling = pooling
         self._prefix, self._tokens = 0, 0
         self._kept: Tensor | None = None
+        self._hooked = False
         self.dim = self._probe()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -88,8 +89,11 @@ class HFVision(VisionTrunk):
         Raises:
             ModelError: the model is no vision transformer whose blocks take any number of tokens.
         """
-        if rate and not self.patch_dropout:
-            self._install_patch_dropout()
+        if rate and not self._hooked:
+            if not self._tokens or self._part("embeddings") is None:
+                super().set_patch_dropout(rate)
+            self._try_patch_dropout()
+            self._hook()
         self.patch_dropout = rate
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
@@ -145,8 +149,7 @@ class HFVision(VisionTrunk):
 
     def _adopt(self, model: Any) -> nn.Module:
         if self._patchify:
-            inner = getattr(model, "vision_model", model)
-            inner.embeddings.resize_positional_embeddings = self._positions
+            getattr(model, "vision_model", model).embeddings.resize_positional_embeddings = self._positions
         return model
 
     def _probe(self) -> int:
@@ -184,32 +187,30 @@ class HFVision(VisionTrunk):
             raise ModelError(f"{type(model).__name__} has no class token; use pooling mean or pooler")
         return self._pool(output)
 
-    def _install_patch_dropout(self) -> None:
-        inner: Any = getattr(self.model, "vision_model", self.model)
-        embeddings = getattr(inner, "embeddings", None)
-        if not self._tokens or embeddings is None:
-            super().set_patch_dropout(1.0)
-            return
-        handles = [embeddings.register_forward_hook(self._drop)]
-        rope = getattr(inner, "rope_embeddings", None)
-        if rope is not None:
-            handles.append(rope.register_forward_hook(self._rotations))
-        training, self.patch_dropout = self.training, 0.5
-        self.train()
+    def _part(self, name: str) -> Any:
+        return getattr(getattr(self.model, "vision_model", self.model), name, None)
+
+    def _hook(self) -> None:
+        self._part("embeddings").register_forward_hook(self._drop)
+        if (rope := self._part("rope_embeddings")) is not None:
+            rope.register_forward_hook(self._rotations)
+        self._hooked = True
+
+    def _try_patch_dropout(self) -> None:
+        """Run a twin without values on half of the patches."""
         try:
-            with torch.no_grad(), torch.random.fork_rng():
-                device = next(self.model.parameters()).device
-                self(torch.zeros(2, 3, self.image_size, self.image_size, device=device))
+            with torch.device("meta"):
+                twin = HFVision(type(self.model)(self.model.config), self.image_size, self.pooling)
+                twin._hook()
+                twin.patch_dropout = 0.5
+                twin.train()(torch.zeros(2, 3, self.image_size, self.image_size))
+        except NotImplementedError:  # its code needs values
+            return
         except Exception as error:  # whatever a family's own code makes of tokens that are missing
-            for handle in handles:
-                handle.remove()
             raise ModelError(
                 f"vision.patch_dropout: {type(self.model).__name__} needs all of its patches "
                 f"({type(error).__name__}: {error})"
             ) from error
-        finally:
-            self.patch_dropout = 0.0
-            self.train(training)
 
     def _drop(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self._kept = None

@@ -1,4 +1,4 @@
-"""A vision tower's parameters in order of depth: for locking (LiT) and for learning rates that fall with depth.
+"""A vision tower's parameters in order of depth, for locking (LiT); learning rates by depth: `training.layers`.
 
 The groups are open_clip's: patch and position embeddings; then every block, the last one together with the norm and
 pooling after it. Behind them stands the model's projection, which is a group of its own and no part of the tower.

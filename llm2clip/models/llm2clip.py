@@ -300,7 +300,8 @@ class LLM2CLIP(nn.Module):
         """Load a model: one of ours, or a published LLM2CLIP checkpoint of any layout; no code of it is run.
 
         Args:
-            path: a model directory (ours, Hugging Face's, open_clip's), or a file of weights (`.pt`, `.safetensors`).
+            path: a model directory (ours, Hugging Face's, open_clip's), the directory of a run, or a file of weights
+                (`.pt`, `.safetensors`).
             device: where the model goes.
             dtype: of the weights.
             allow_missing: patterns of names that a published checkpoint need not have (`text_adapter.*`); they keep

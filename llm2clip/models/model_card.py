@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
 
 _UNKNOWN = "not recorded"
+_USAGE = (
+    "from llm2clip.models import LLM2CLIP",
+    "",
+    "model = LLM2CLIP.from_pretrained(path)",
+    "pixels = model.vision_model.preprocessing.transform()(image)[None]  # image: PIL, RGB",
+    "images = model.get_image_features(pixels, normalize=True)",
+    "texts = model.get_text_features(encoder.encode(captions), normalize=True)",
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,11 @@ class ModelCard:
     attribution: Mapping[str, Sequence[str]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, model: LLM2CLIP) -> str:
-        """The card as Markdown, with YAML front matter."""
-        return "\n".join(
-            [*self._front_matter(), *_about(model), *self._training(model), *self._results(), *_use(model)]
-        )
+    def render(self, model: LLM2CLIP, usage: Sequence[str] = _USAGE) -> str:
+        """The card as Markdown, with YAML front matter; `usage` are the lines of its code sample."""
+        parts = [self._front_matter(), _about(model), self._training(model), self._results()]
+        sample = ["## How to use", "", "```python", *usage, "```", ""]
+        return "\n".join(line for part in [*parts, sample] for line in part)
 
     def _front_matter(self) -> list[str]:
         import yaml
@@ -108,22 +116,6 @@ def _about(model: LLM2CLIP) -> list[str]:
         "through captions; or the vision tower as a feature extractor. The embeddings must come from the encoder whose "
         "fingerprint is `text_encoder` in config.json: those of another encoder mean nothing to this model. It says "
         "how well texts and images fit, not what is true, and inherits the biases of its data and of the LLM.",
-        "",
-    ]
-
-
-def _use(model: LLM2CLIP) -> list[str]:
-    return [
-        "## How to use",
-        "",
-        "```python",
-        "from llm2clip.models import LLM2CLIP",
-        "",
-        "model = LLM2CLIP.from_pretrained(path)",
-        "pixels = model.vision_model.preprocessing.transform()(image)[None]  # image: PIL, RGB",
-        "images = model.get_image_features(pixels, normalize=True)",
-        "texts = model.get_text_features(encoder.encode(captions), normalize=True)",
-        "```",
         "",
     ]
 

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+RESULT = "result"
+"""Directory of the model inside a run's."""
 LLM_ADAPTER = "llm_adapter"
 """Directory of the LLM's adapter beside a model that was trained together with it."""
 _TRUNK = "vision_model.model."
@@ -107,6 +109,8 @@ def read_model(
 ) -> LLM2CLIP:
     """Read a model of any layout; see `LLM2CLIP.from_pretrained`."""
     place = Path(path)
+    if not (place / "config.json").is_file() and (place / RESULT / "config.json").is_file():
+        place = place / RESULT
     if (place / OPEN_CLIP_CONFIG).is_file():
         from llm2clip.models.open_clip_layout import read_open_clip
 

@@ -16,6 +16,8 @@ from torch import Tensor
 Family = Literal["clip", "siglip", "eva02", "transformers"]
 Rename = Callable[[str, Tensor], dict[str, Tensor]]
 VISION = "vision."
+# EVA's own head, and the one behind a timm tower
+_HEAD = re.compile(r"visual\.head\.(?:proj\.)?(weight|bias)")
 _ADAPTERS = ("text.text_adaptor.", "text.text_proj.text_adaptor.")
 # renamed parts of one block: open_clip's ViT, timm's ViT, and EVA in transformers' style
 OPENAI_BLOCK = {
@@ -97,8 +99,8 @@ def from_repository(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], F
             named[f"text_adapter.adaptor.{name[len(adapter) :]}"] = tensor
         elif name == "visual.proj":
             named["visual_projection.weight"] = tensor.t()
-        elif name.startswith(("visual.head.proj.", "visual.head.")) and name.endswith((".weight", ".bias")):
-            named[f"visual_projection.{name.rsplit('.', 1)[-1]}"] = tensor
+        elif head := _HEAD.fullmatch(name):
+            named[f"visual_projection.{head[1]}"] = tensor
         elif name.startswith(prefix):
             inside[name[len(prefix) :]] = tensor
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm2clip.errors import ModelError
 from llm2clip.models.layers import LayerGroup, layer_groups
+from llm2clip.models.weights import check_names
 
 
 class VisionTrunk(nn.Module):
@@ -85,8 +86,6 @@ class VisionTrunk(nn.Module):
         Raises:
             ModelError: names or shapes differ.
         """
-        from llm2clip.models.weights import check_names
-
         check_names(self.state_dict(), state, source)
         self.load_state_dict(state)
 

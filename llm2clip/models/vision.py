@@ -33,6 +33,7 @@ class VisionTower(nn.Module):
         self.preprocessing = preprocessing
         self.dim, self.frozen = model.dim, False
         self._locked_norms: list[nn.Module] = []
+        self._locked = False
 
     @property
     def image_size(self) -> int:
@@ -73,7 +74,7 @@ class VisionTower(nn.Module):
         return self.model(pixel_values)
 
     def layer_groups(self) -> list[LayerGroup]:
-        """Parameters in order of depth, by their names in this module: for learning rates that fall with depth."""
+        """Parameters in order of depth, by their names in this module, as `lock` counts them."""
         return [
             LayerGroup(group.name, tuple(f"model.{name}" for name in group.parameters))
             for group in self.model.layer_groups()
@@ -82,9 +83,14 @@ class VisionTower(nn.Module):
     def lock(self, unlocked_groups: int = 0) -> None:
         """Freeze all but the last groups; batch norms of locked groups keep their statistics.
 
+        May be called again with another number, as training goes on.
+
         Args:
             unlocked_groups: groups of the tower that are trained, from its output end; 0 freezes it as a whole.
         """
+        if self._locked:
+            self.model.unfreeze()
+        self._locked = True
         if unlocked_groups:
             lock_groups(self, self.layer_groups(), unlocked_groups)
         else:

@@ -21,31 +21,26 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # where trainers put the weights among other things
 _INSIDE = ("state_dict", "model", "module")
 _WRAPPERS = ("module.", "_orig_mod.")
-_RANDOM = (
-    torch.Tensor.uniform_,
-    torch.Tensor.normal_,
-    torch.Tensor.erfinv_,
-    nn.init.uniform_,
-    nn.init.normal_,
-    nn.init.trunc_normal_,
-    nn.init.kaiming_uniform_,
-    nn.init.xavier_uniform_,
-)
+_RANDOM_INITS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_)
 
 
 class skip_random_init(TorchFunctionMode):  # noqa: N801 - a context manager
-    """Inside, modules are built without their random initial values, which take longer than reading a file.
+    """Inside, modules are built with constants for their random initial values, which take longer than reading a file.
 
-    Parameters hold whatever was in memory: only for modules all of whose weights are loaded afterwards.
+    Only for modules all of whose weights are loaded afterwards.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Leaves the tensor of a random initialisation as it is."""
+        """Fills where values would be drawn: with the least or the mean, which rejection sampling accepts."""
         kwargs = kwargs or {}
-        if func in _RANDOM:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        with torch.no_grad():
+            if func in _RANDOM_INITS:
+                return (args[0] if args else kwargs["tensor"]).zero_()
+            if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+                first = "from" if func is torch.Tensor.uniform_ else "mean"
+                return args[0].fill_(args[1] if len(args) > 1 else kwargs.get(first, 0.0))
         return func(*args, **kwargs)
 
 

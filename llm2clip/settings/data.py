@@ -52,6 +52,12 @@ class CaptionSettings:
         """Fields of every role: `short`, `long`, and the further ones."""
         return {"short": self.short, "long": self.long, **self.roles}
 
+    @property
+    def chances(self) -> Mapping[str, float]:
+        """Relative probability of every role that may be drawn."""
+        chances = self.probabilities or dict.fromkeys(self.all_roles, 1.0)
+        return {role: chance for role, chance in chances.items() if chance > 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:

@@ -20,7 +20,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision import VisionTower
 from llm2clip.settings import CaptionSettings, TrainSettings
 from llm2clip.training import checkpoint
-from llm2clip.training.clip_data import Reader, role_texts
+from llm2clip.training.clip_reader import Reader, role_texts
 from llm2clip.training.teachers import Teachers
 from llm2clip.training.world import World
 
@@ -38,9 +38,9 @@ def require_captions(
     found: set[str] = set()
     for sample in _spread(source, probe, images=False):
         found.update(sample.captions)
-        texts += [text for names in captions.all_roles.values() for text in role_texts(sample, names)]
+        texts += [text for role in captions.chances for text in role_texts(sample, captions.all_roles[role])]
     if not texts:
-        wanted = ", ".join(dict.fromkeys(name for names in captions.all_roles.values() for name in names))
+        wanted = ", ".join(dict.fromkeys(n for role in captions.chances for n in captions.all_roles[role]))
         raise DataError(
             f"{source.name}: no caption in {wanted}; the caption fields found are: "
             f"{', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."

@@ -23,11 +23,12 @@ from llm2clip.errors import ConfigError
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import ModelSettings, TrainSettings
-from llm2clip.training import clip_checks, clip_data
+from llm2clip.training import clip_batch, clip_checks
 from llm2clip.training.batches import rank_batches
 from llm2clip.training.caption_source import CaptionSource
-from llm2clip.training.clip_data import ImageTexts, Reader
+from llm2clip.training.clip_batch import ImageTexts, Pieces
 from llm2clip.training.clip_loss import ClipLoss
+from llm2clip.training.clip_reader import Reader
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.teachers import Teachers
 from llm2clip.training.towers import TwoTowers
@@ -101,15 +102,16 @@ class ClipTask:
     def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Any]]:
         return rank_batches(
             self._source, self._reader, self.settings.data, self.settings.run, self._world, (epoch, batch),
-            collate=self._reader.collate, join=clip_data.join, text_only=not self._reader.reads_images,
+            collate=self._reader.collate, join=clip_batch.batch_of, text_only=not self._reader.reads_images,
         )  # fmt: skip
 
     def chunks(self, samples: Sequence[Any], size: int) -> Sequence[ImageTexts]:
-        assert isinstance(samples, ImageTexts)
-        batch = samples.one_per_group() if self._loss.duplicates == "drop" else samples
+        assert isinstance(samples, (ImageTexts, Pieces))
+        batch = samples.whole().one_per_group() if self._loss.duplicates == "drop" else samples
         # ids that all differ cost the loss something and change nothing; other ranks' are not known here
-        batch = replace(batch, meeting=self._world.size > 1 or batch.repeats)
-        return [self._with_models(part) for part in batch.to(self._world.device).split(size)]
+        meeting = self._world.size > 1 or clip_batch.has_repeats(batch.groups)
+        on_device = replace(batch.to(self._world.device), meeting=meeting)
+        return [self._with_models(part) for part in on_device.split(size)]
 
     def _with_models(self, part: ImageTexts) -> ImageTexts:
         """A chunk with what no loader's worker can give it: tokens, and features of models that run along."""
@@ -127,7 +129,7 @@ class ClipTask:
         self.model.clamp_logit_scale()
 
     def names(self, samples: Sequence[Any]) -> list[str]:
-        assert isinstance(samples, ImageTexts)
+        assert isinstance(samples, (ImageTexts, Pieces))
         return samples.keys
 
     def evaluate(self) -> dict[str, float]:

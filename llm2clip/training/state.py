@@ -63,9 +63,10 @@ class TrainState:
 
     def count_flops(self, samples: Sequence[Any]) -> float:
         """FLOPs of one sample (flops.flops_per_sample), from the first few; 0 where they are not to be counted."""
-        if self._run.peak_tflops == 0 or self._task.sharded:
-            return 0.0  # ranks of a sharded task may cut these few samples into different numbers of chunks
-        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)
+        if self._run.peak_tflops == 0:
+            return 0.0
+        # one chunk: ranks of a sharded module must make equally many forwards
+        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)[:1]
         return flops.flops_per_sample(self._task.module, chunks, self._world.device, self.autocast)
 
     def backward(self, chunks: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:

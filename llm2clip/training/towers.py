@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llm2clip.data.images import normalize_pixels
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import TrainSettings
-from llm2clip.training.clip_data import ImageTexts
+from llm2clip.training.clip_batch import ImageTexts
 from llm2clip_kernels import l2_normalize
 
 # what a batch carries for the loss that no tower changes
