@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | env`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_configured(
-        commands, "finetune-llm", "LLM stage: caption contrastive fine-tuning with LoRA", _finetune_llm
+        commands, "finetune-llm", "LLM stage: LoRA on caption pairs, or MNTP before it", _finetune_llm
     )
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
     _add_configured(
@@ -77,6 +77,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(
         commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
     )
+    _add_configured(commands, "export", "models for Hugging Face, open_clip, ONNX; merged LLMs", _export)
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -115,7 +116,7 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
     """
     loads = (
         _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _caption_retrieval, _retrieval, _zero_shot,
-        _linear_probe, _demo,
+        _linear_probe, _export, _demo,
     )  # fmt: skip
     if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
@@ -235,6 +236,16 @@ def _linear_probe(args: argparse.Namespace) -> int:
         from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
 
         evaluate_linear_probe(settings)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ExportSettings
+
+    if (settings := _settings(args, ExportSettings)) is not None:
+        from llm2clip.export import export
+
+        print(f"{settings.layout} layout in {export(settings)}, loaded back with equal features")
     return 0
 
 

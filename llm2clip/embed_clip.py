@@ -6,10 +6,9 @@ they stopped; under `torchrun` each rank embeds its share.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.image_address import image_address, view_rng
 from llm2clip.data.images import ImageTransform, decode_image, normalize_pixels
+from llm2clip.data.loader import BadSamples
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore, StoreWriter, repair_store
 from llm2clip.data.store_format import INDEX_NAME
 from llm2clip.embed import embed, take_over_rank_stores
-from llm2clip.errors import BadSampleError, ConfigError, DataError
+from llm2clip.errors import BadSampleError, ConfigError
 from llm2clip.models.clip_teacher import ClipTeacher
 from llm2clip.models.fingerprint import tensors_digest
 from llm2clip.models.vision import VisionTower, build_vision_tower
@@ -31,8 +31,6 @@ from llm2clip.progress import Progress
 from llm2clip.settings import EmbedImagesSettings, EmbedSettings, EmbedTextsSettings
 from llm2clip.training.precision import autocast_of
 from llm2clip.training.world import World, resolve_device, start_world
-
-_BAD_SHARE_FROM = 50  # samples to see before the share of bad ones means anything
 
 
 def embed_texts(settings: EmbedTextsSettings) -> EmbeddingStore:
@@ -151,16 +149,16 @@ def _image_encoder(settings: EmbedImagesSettings, device: torch.device) -> _Imag
     model: ClipTeacher | VisionTower
     if settings.model:
         model = ClipTeacher(settings.model).to(device)
-        transform, found = model.transform, model.fingerprint("images")
+        found = model.fingerprint("images")
     else:
         model = build_vision_tower(settings.vision).eval().to(device)
-        transform = ImageTransform(model.image_size, model.mean, model.std)
         found = {"features": "vision tower", "weights": tensors_digest(model.state_dict().items())}
+    preprocessing = model.preprocessing
     if settings.views:
-        # the student's crops: `training.clip_task` cuts with the same transform and the same random numbers
-        transform = ImageTransform(transform.size, transform.mean, transform.std, train=True)
-    found |= {"image_size": transform.size, "mean": list(transform.mean), "std": list(transform.std)}
-    found |= {"fit": transform.fit, "views": settings.views}
+        # the student's crops: it cuts in the same way, with the same random numbers
+        preprocessing = replace(preprocessing, fit=settings.fit)
+    transform = preprocessing.transform(train=settings.views > 0)
+    found |= {"preprocessing": preprocessing.to_config(), "views": settings.views}
     return _ImageEncoder(model, transform, found, autocast_of(settings.precision, device))
 
 
@@ -177,11 +175,31 @@ def _writer(path: Path, settings: EmbedImagesSettings, encoder: _ImageEncoder) -
 
 @dataclass(frozen=True)
 class _Cut:
-    """Addresses and pixels (n, 3, S, S) of one image's views that are to be embedded; or why it cannot be used."""
+    """Addresses and pixels (n, 3, S, S) of one image's views that are to be embedded; or its key and what is wrong."""
 
     addresses: list[str]
     pixels: Tensor | None = None
-    problem: str = ""
+    problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """The same of `count` images, with one tensor: each that a worker sends holds a file descriptor."""
+
+    count: int
+    addresses: list[str]
+    pixels: Tensor | None
+    problems: list[tuple[str, str]]
+
+
+def _collate(cuts: list[_Cut]) -> _Cuts:
+    pixels = [cut.pixels for cut in cuts if cut.pixels is not None]
+    return _Cuts(
+        len(cuts),
+        [address for cut in cuts for address in cut.addresses],
+        torch.cat(pixels) if pixels else None,
+        [cut.problem for cut in cuts if cut.problem is not None],
+    )
 
 
 class _Images(Dataset[_Cut]):
@@ -212,7 +230,7 @@ class _Images(Dataset[_Cut]):
             cut = [self._transform.pixels(image, view_rng(address)) for address in new]
             return _Cut(new, torch.stack(cut))
         except BadSampleError as problem:
-            return _Cut([], problem=str(problem))
+            return _Cut([], problem=(problem.key, problem.reason))
 
 
 def _embed_share(
@@ -222,27 +240,23 @@ def _embed_share(
     settings: EmbedImagesSettings,
     world: World,
 ) -> None:
-    batches: Iterator[list[_Cut]] = iter(
+    batches: Iterator[_Cuts] = iter(
         DataLoader(
-            images, batch_size=settings.batch_size, num_workers=settings.data.workers or 0, collate_fn=list
+            images,
+            batch_size=settings.batch_size,
+            num_workers=settings.data.workers or 0,
+            collate_fn=_collate,
         )
     )
-    seen = bad = 0
+    bad = BadSamples()
     with Progress(len(images), "embedding", "images", enabled=world.is_main) as shown:
         for cuts in batches:
-            for cut in cuts:
-                seen += 1
-                if cut.problem:
-                    bad += 1
-                    print(f"skipped {cut.problem}", file=sys.stderr)
-                    if seen >= _BAD_SHARE_FROM and bad > settings.data.max_bad_share * seen:
-                        raise DataError(
-                            f"{bad} of the first {seen} samples of {images.source.name} cannot be used, more than "
-                            f"data.max_bad_share = {settings.data.max_bad_share}"
-                        )
-            addresses = [address for cut in cuts for address in cut.addresses]
-            pixels = [cut.pixels for cut in cuts if cut.pixels is not None]
-            if pixels:
-                parts = torch.cat(pixels).split(settings.batch_size)
-                writer.add(addresses, torch.cat([encoder(part.to(world.device)) for part in parts]))
-            shown.update(len(cuts))
+            bad.seen += cuts.count
+            for key, reason in cuts.problems:
+                bad.add(key, reason)
+            bad.check(images.source.name, settings.data.max_bad_share)
+            if cuts.pixels is not None:
+                parts = cuts.pixels.split(settings.batch_size)
+                features = torch.cat([encoder(part.to(world.device)) for part in parts])
+                writer.add(cuts.addresses, features)
+            shown.update(cuts.count)

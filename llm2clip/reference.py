@@ -12,6 +12,7 @@ from llm2clip.settings import (
     EmbedSettings,
     EmbedTextsSettings,
     EvaluateSettings,
+    ExportSettings,
     FinetuneLLMSettings,
     LinearProbeSettings,
     RetrievalSettings,
@@ -30,6 +31,7 @@ COMMANDS: tuple[type, ...] = (
     RetrievalSettings,
     ZeroShotSettings,
     LinearProbeSettings,
+    ExportSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

@@ -13,8 +13,9 @@ from llm2clip.data.images import ImageTransform, decode_image
 from llm2clip.data.sample import Sample
 from llm2clip.errors import BadSampleError, StoreError
 from llm2clip.settings import CaptionSettings
-from llm2clip.training import clip_data
-from llm2clip.training.clip_data import ImageTexts, Reader, draw_captions, group_id
+from llm2clip.training import clip_batch
+from llm2clip.training.clip_batch import ImageTexts
+from llm2clip.training.clip_reader import Reader, draw_captions, group_id
 from tests.training_kit import Kit, make_kit, picture
 
 
@@ -48,7 +49,7 @@ def test_a_dense_ratio_of_three_quarters_over_more_than_two_roles() -> None:
     assert shares(settings, sample(raw="real", c="dense long")) == pytest.approx(
         {"real": 0.4, "dense long": 0.6}, abs=0.03
     )
-    with pytest.raises(BadSampleError, match="no caption in none, alt, raw, a, b, c; it has other"):
+    with pytest.raises(BadSampleError, match="no caption in raw, a, b, c; it has other"):
         draw_captions(sample(other="x"), settings, np.random.default_rng(0))
 
 
@@ -101,7 +102,7 @@ def test_parts_of_a_batch_keep_what_belongs_together(size: int) -> None:
     assert [len(part) for part in parts][:-1] == [size or 5] * (len(parts) - 1)
     for part in parts:
         assert_consistent(part)
-    joined = clip_data.join(parts)
+    joined = clip_batch.join(parts)
     assert_consistent(joined)
     assert joined.keys == whole.keys and joined.texts == whole.texts
     # owners are counted through the whole batch
@@ -109,11 +110,21 @@ def test_parts_of_a_batch_keep_what_belongs_together(size: int) -> None:
     assert joined.groups.tolist() == [5, 6, 5, 7, 8]
 
 
+def test_pieces_of_a_batch_are_one_on_the_device() -> None:
+    whole = batch([2, 1, 3, 1, 1], [5, 6, 5, 7, 6])
+    pieces = clip_batch.batch_of([whole[:2], whole[2:3], whole[3:]])
+    assert isinstance(pieces, clip_batch.Pieces) and clip_batch.batch_of([whole]) is whole
+    assert len(pieces) == 5 and pieces.keys == whole.keys and torch.equal(pieces.groups, whole.groups)
+    for joined in (pieces.to(torch.device("cpu")), pieces.whole(), clip_batch.join([pieces[:3], pieces[3:]])):
+        assert_consistent(joined)
+        assert joined.keys == whole.keys and joined.counts == whole.counts
+
+
 def test_one_image_per_group() -> None:
     whole = batch([2, 1, 3, 1, 1], [5, 6, 5, 7, 6])
-    assert whole.repeats
+    assert clip_batch.has_repeats(whole.groups)
     kept = whole.one_per_group()
-    assert kept.keys == ["key0", "key1", "key3"] and not kept.repeats
+    assert kept.keys == ["key0", "key1", "key3"] and not clip_batch.has_repeats(kept.groups)
     assert_consistent(kept)
     assert kept.one_per_group() is kept
 

@@ -92,6 +92,15 @@ def test_several_captions_are_several_positives(groups: list[int] | None) -> Non
     torch.testing.assert_close(loss({"kind": "sigmoid"}, given, several=True)[0], want, rtol=1e-6, atol=1e-8)
 
 
+def test_softmax_may_take_groups_as_positives() -> None:
+    groups = torch.tensor([1, 2, 1, 3, 1])
+    given = outputs(groups=groups)
+    logits = SCALE * given["image"] @ given["text"].T
+    positive = groups[:, None] == groups
+    want = (set_loss(logits, positive) + set_loss(logits.T, positive.T)) / 2
+    torch.testing.assert_close(loss({"duplicates": "positive"}, given)[0], want, rtol=1e-6, atol=1e-8)
+
+
 def test_sigmoid_takes_groups_as_positives() -> None:
     groups = torch.tensor([1, 2, 1, 3, 4])
     given = outputs(groups=groups)
@@ -198,6 +207,7 @@ def test_distillation_of_named_sides() -> None:
         ({"loss": {"distill": {"image": {"mse": 1}}}}, "set teacher.images or teacher.model"),
         ({"loss": {"distill": {"similarity": 1}}, "teacher": {"images": "a"}}, "set teacher.texts or teacher.model"),
         ({"loss": {"distill": {"tower": {"mse": 1}}}}, "set teacher.start"),
+        ({"teacher": {"views": 2}}, "teacher.views: views are stored ones"),
         ({"teacher": {"texts": "a"}}, "teacher.texts is set, but loss.distill gives nothing of it a weight"),
         ({"teacher": {"start": True}}, "teacher.start is set, but"),
         ({"teacher": {"model": "a", "images": "b"}}, "give a model or stores of its features, not both"),

@@ -19,10 +19,10 @@ from llm2clip.training import llm_setup
 from llm2clip.training.llm_task import LLMTask
 from llm2clip.training.run import finetune_llm
 from llm2clip.training.world import World
-from tests.test_mntp import save_causal
 from tests.test_mntp import settings_of as mntp_settings
 from tests.test_training_distributed import exit_codes, start
 from tests.test_training_llm import stage
+from tests.tiny_models import save_tiny
 from tests.training_kit import Kit, curve, make_kit, newest_tensors
 
 pytestmark = pytest.mark.dist
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     root = tmp_path_factory.mktemp("kit")
-    save_causal(root / "causal", tie_word_embeddings=True)
+    save_tiny(root / "causal", head=True, tie_word_embeddings=True)
     return make_kit(root)
 
 

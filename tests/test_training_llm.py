@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2clip.config import from_tree, to_tree
+from llm2clip.config import from_tree, load_settings, to_tree
 from llm2clip.errors import ConfigError, ModelError
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm_files import read_encoder_config
@@ -291,6 +291,14 @@ def test_query_files_and_captions_train_together(kit: Kit, tmp_path: Path) -> No
     assert len([line for line in curve(tmp_path / "run") if "loss" in line]) == 8
 
 
+@pytest.mark.parametrize("name", ["smollm2-openstax", "llama3-8b-paper"])
+def test_recipes_are_valid_settings(name: str) -> None:
+    folder = Path(__file__).resolve().parents[1] / "configs" / "llm"
+    assert {path.stem for path in folder.iterdir()} == {"smollm2-openstax", "llama3-8b-paper"}
+    settings = load_settings(FinetuneLLMSettings, folder / f"{name}.yaml", ["run.out=runs/x"])
+    assert settings.objective == "contrastive" and settings.lora.rank == 16
+
+
 def test_quantisation_without_bitsandbytes_says_what_to_install(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,8 +334,13 @@ def test_quantised_weights_train_and_their_adapter_loads(kit: Kit, tmp_path: Pat
     assert losses[-1] < 0.5 * losses[0]
     plain = CaptionEncoder.from_pretrained(llm, adapter=result).encode(["a red stone"])
     kinds: tuple[Any, ...] = ("8bit", "4bit")
+    prints: set[str] = set()
     for kind in kinds:
         encoder = CaptionEncoder.from_pretrained(llm, adapter=result, dtype="bf16", quantization=kind)
         modules = {type(p).__module__.split(".")[0] for p in base_model(encoder.model).parameters()}
         assert "bitsandbytes" in modules
         assert 0.8 < torch.cosine_similarity(encoder.encode(["a red stone"]), plain).item() < 0.99999
+        prints.add(json.dumps(encoder.fingerprint()))
+        with pytest.raises(ModelError, match="cannot be merged and exported"):
+            encoder.save_pretrained(tmp_path / "export")
+    assert len(prints) == 2

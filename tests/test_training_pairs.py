@@ -19,7 +19,8 @@ from llm2clip.data.sources import open_source
 from llm2clip.errors import BadSampleError, ConfigError, DataError
 from llm2clip.settings import CaptionSettings, FinetuneLLMSettings, PairSettings, RunSettings
 from llm2clip.training.batches import epoch_samples, rank_batches
-from llm2clip.training.pairs import TextPair, caption_sides, pair_source, to_pair
+from llm2clip.training.pair_sources import brings_negatives, pair_source
+from llm2clip.training.pairs import TextPair, caption_sides, to_pair
 from tests.training_kit import ALONE, records, write_set
 
 CAPTIONS = {"short": ["name"], "long": ["description"]}
@@ -122,6 +123,20 @@ def test_query_files_bring_their_own_negatives_and_instruction(tmp_path: Path) -
     symmetric = source_of(settings_of(path, pairs=pairs | {"symmetric": ["msmarco"], "negatives": "none"}))
     (pair,) = drawn(symmetric, 0, 1)
     assert (pair.document_prompt, pair.negative) == ("find: ", "")
+
+
+def test_who_brings_hard_negatives(tmp_path: Path) -> None:
+    captions = settings_of(write_set(tmp_path / "a.tar", records(3)))
+    both = mixed(tmp_path)
+    for settings, kind, expected in (
+        (captions, "given", False),
+        (captions, "random", True),
+        (both, "given", True),
+        (both, "none", False),
+        (replace(captions, objective="simcse"), "random", False),
+    ):
+        pairs: Any = replace(settings.pairs, negatives=kind)
+        assert brings_negatives(source_of(settings), replace(settings, pairs=pairs)) is expected
 
 
 def test_simcse_pairs_any_text_with_itself(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataEr
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import CaptionSettings, EmbedSettings, LLMSettings
-from llm2clip.training.clip_data import draw_captions
+from llm2clip.training.clip_reader import draw_captions
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.llm_task import LLMTask
 from llm2clip.training.loop import train
@@ -277,7 +277,7 @@ def test_captions_are_picked_with_their_probability(chances: dict[str, float], s
     if chances.get("short", 1.0) and share:
         assert draw_captions(sample(s="short"), captions, rng) == ("short",)
     assert draw_captions(sample(l="long"), captions, rng) == ("long",)
-    with pytest.raises(BadSampleError, match="no caption in s, l; it has x"):
+    with pytest.raises(BadSampleError, match="no caption in (s, )?l; it has x"):
         draw_captions(sample(x="other"), captions, rng)
 
 

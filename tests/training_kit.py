@@ -29,7 +29,7 @@ from tests.tiny_models import save_tiny
 ALONE = World(0, 1, torch.device("cpu"))
 OPTIM = OptimSettings(lr=1e-2, warmup_steps=2)
 # time measured by a run, which no two runs share
-TIMES = {"samples_per_second", "data_wait", "tflops", "peak_memory_mib"}
+TIMES = {"samples_per_second", "data_wait", "tflops", "mfu", "peak_memory_mib"}
 
 
 class Interrupted(Exception):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -23,6 +25,7 @@ log = logging.getLogger("llm2clip.data")
 Transform: TypeAlias = Callable[[Sample, np.random.Generator], Any]
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Join: TypeAlias = Callable[[list[Any]], Any]
+Request: TypeAlias = list[tuple[int, int]]  # (epoch, index) of the samples of a piece
 # fewer samples say nothing about the share of bad ones
 MIN_SAMPLES_FOR_SHARE = 50
 NAMED_IN_ERROR = 10
@@ -88,7 +91,7 @@ class Loader:
         seed: of order and transform.
         rank: number of this process.
         world_size: number of processes.
-        workers: reading processes; 0 reads in this one.
+        workers: reading processes; 0 reads in a thread of this one, a batch ahead.
         start: (epoch, batch) to begin at.
         epochs: epoch at which the stream ends; None never ends.
         max_bad_share: stop with DataError past this share of bad samples.
@@ -160,9 +163,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Position, Any]]:
         if self._workers == 0:
-            results: Iterator[_Result] = (
-                self._reader.__getitems__(requests) for requests in self._requests()
-            )
+            results: Iterator[_Result] = _ahead(self._reader.__getitems__, self._requests(), self._pieces)
         else:
             results = iter(
                 DataLoader(
@@ -206,7 +207,7 @@ class Loader:
             for batch in range(first + 1, self.steps_per_epoch + 1):
                 yield Position(epoch + 1, 0) if batch == self.steps_per_epoch else Position(epoch, batch)
 
-    def _requests(self) -> Iterator[list[tuple[int, int]]]:
+    def _requests(self) -> Iterator[Request]:
         for epoch, first in self._epoch_starts():
             batches = batch_indices(self.order, epoch, self._batch_size, self._rank, self._world_size)
             for indices in batches[first:]:
@@ -278,8 +279,23 @@ class _Requests:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Request]:
         return self._loader._requests()
+
+
+def _ahead(read: Callable[[Request], _Result], requests: Iterator[Request], count: int) -> Iterator[_Result]:
+    """Results of `read` in order, made by a thread that is `count` requests ahead."""
+    pool = ThreadPoolExecutor(1, "read")
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for request in requests:
+            waiting.append(pool.submit(read, request))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _same(result: Any) -> Any:

@@ -101,9 +101,10 @@ class TarSource:
         if entry.record is not None:
             record = parse_json_record(key, self._bytes(key, entry.shard, *entry.record))
         for field, offset, size in entry.texts:
-            # the same name in the JSON wins; the text file is then a caption of its own
-            name = field if field not in record else f"{field}.txt"
-            record[name] = _utf8(key, self._bytes(key, entry.shard, offset, size))
+            text = _utf8(key, self._bytes(key, entry.shard, offset, size))
+            # the same name in the JSON wins; a text file that says something else is a caption of its own
+            if record.get(field) != text:
+                record[field if field not in record else f"{field}.txt"] = text
         image = (
             self._bytes(key, entry.shard, *entry.image) if with_image and entry.image is not None else None
         )

@@ -21,7 +21,7 @@ from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
 from llm2clip.models.llm_files import DTYPES, ENCODER_CONFIG, load_llm, read_encoder_config, write_llm
 from llm2clip.models.packed import PackedBatch
 from llm2clip.models.pooling import pool
-from llm2clip.models.quantization import is_quantized
+from llm2clip.models.quantization import is_quantized, require_unquantized
 from llm2clip.models.templates import find_template
 from llm2clip.models.tokens import CaptionBatch, CaptionTokenizer, Tokens, collate, token_batches
 from llm2clip.progress import Progress
@@ -402,6 +402,7 @@ class CaptionEncoder(nn.Module):
         That file has the merged encoder's fingerprint, too.
         """
         model: Any = self.model
+        require_unquantized(lora.base_model(model))
         if lora.is_peft(model):
             model = copy.deepcopy(model).merge_and_unload()
         record = {**self._options(), "dim": self.dim, "fingerprint": self._fingerprint(model)}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.images import CLIP_MEAN, CLIP_STD, ImageTransform, normalize_pixels
+from llm2clip.data.images import ImageTransform, normalize_pixels
 from llm2clip.errors import ModelError
-from llm2clip.files import read_json
 from llm2clip.models.fingerprint import tensors_digest, tokenizer_digest
+from llm2clip.models.preprocessing import read_preprocessor
 from llm2clip_kernels import l2_normalize
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -52,7 +52,7 @@ class ClipTeacher(nn.Module):
         config: Any = model.config
         self.dim = int(getattr(config, "projection_dim", 0) or config.text_config.projection_size)
         self._size = int(config.vision_config.image_size)
-        self._mean, self._std, self._fit = _preprocessing(folder, str(config.model_type))
+        self.preprocessing = read_preprocessor(folder, self._size).at_size(self._size)
         self._folder, self._tokenizer = folder, None
         self._context = int(config.text_config.max_position_embeddings)
         # SigLIP was trained with its padding in sight
@@ -61,7 +61,7 @@ class ClipTeacher(nn.Module):
     @property
     def transform(self) -> ImageTransform:
         """How evaluation cuts images for this model."""
-        return ImageTransform(self._size, self._mean, self._std, fit=self._fit)
+        return self.preprocessing.transform()
 
     def train(self, mode: bool = True) -> ClipTeacher:
         """A teacher stays in evaluation mode."""
@@ -70,7 +70,7 @@ class ClipTeacher(nn.Module):
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (n, 3, S, S) of any size, which are resized -> (n, dim)."""
-        normal = normalize_pixels(pixels, self._mean, self._std)
+        normal = normalize_pixels(pixels, self.preprocessing.mean, self.preprocessing.std)
         if normal.shape[-1] != self._size:
             normal = nn.functional.interpolate(normal, self._size, mode="bicubic", antialias=True)
         return _unit(self.model.get_image_features(pixel_values=normal))
@@ -125,24 +125,3 @@ def _unit(output: Any) -> Tensor:
     # transformers 5 wraps the features
     features = output if isinstance(output, Tensor) else output.pooler_output
     return l2_normalize(features.float())
-
-
-def _preprocessing(
-    folder: Path, model_type: str
-) -> tuple[tuple[float, float, float], tuple[float, float, float], Literal["pad", "crop"]]:
-    """Mean, standard deviation and fit of preprocessor_config.json; the family's where there is none."""
-    file = folder / "preprocessor_config.json"
-    values = read_json(file, ModelError) if file.is_file() else {}
-    if not isinstance(values, dict):
-        raise ModelError(f"{file}: expected an object, got a {type(values).__name__}")
-    siglip = "siglip" in model_type
-    mean = values.get("image_mean") or ((0.5,) * 3 if siglip else CLIP_MEAN)
-    std = values.get("image_std") or ((0.5,) * 3 if siglip else CLIP_STD)
-    if len(mean) != 3 or len(std) != 3:
-        raise ModelError(f"{file}: expected three numbers per channel, got {mean} and {std}")
-    fit: Literal["pad", "crop"] = "crop" if values.get("do_center_crop", not siglip) else "pad"
-    return (
-        (float(mean[0]), float(mean[1]), float(mean[2])),
-        (float(std[0]), float(std[1]), float(std[2])),
-        fit,
-    )

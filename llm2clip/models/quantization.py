@@ -55,3 +55,16 @@ def quantized_loading(
 def is_quantized(model: nn.Module) -> bool:
     """Whether a transformers model holds bitsandbytes weights."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def require_unquantized(model: nn.Module) -> None:
+    """Refuse to export quantised weights, which no other program would read.
+
+    Raises:
+        ModelError: the model is quantised.
+    """
+    if is_quantized(model):
+        raise ModelError(
+            "a quantised encoder cannot be merged and exported; save its adapter, and load that on the unquantised "
+            "base to export"
+        )

@@ -14,11 +14,12 @@ from llm2clip.settings.benchmarks import (
     ZeroShotSettings,
 )
 from llm2clip.settings.caption_retrieval import CaptionRetrievalSettings
-from llm2clip.settings.clip import ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import TrainSettings
 from llm2clip.settings.clip_loss import ClipLossSettings, DistillSettings, TeacherSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.embed_clip import EmbedImagesSettings, EmbedTextsSettings
 from llm2clip.settings.evaluate import EvaluateSettings
+from llm2clip.settings.export import ExportLayout, ExportSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
     EmbedSettings,
@@ -35,6 +36,17 @@ from llm2clip.settings.llm import (
     StoreDtype,
     Template,
 )
+from llm2clip.settings.model import (
+    ClipTextSettings,
+    Fit,
+    Interpolation,
+    ModelSettings,
+    TextSettings,
+    VisionKind,
+    VisionLoraSettings,
+    VisionPooling,
+    VisionSettings,
+)
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
@@ -43,6 +55,7 @@ __all__ = [
     "CaptionRetrievalSettings",
     "CaptionSettings",
     "ClipLossSettings",
+    "ClipTextSettings",
     "DataSettings",
     "DistillSettings",
     "EmbedImagesSettings",
@@ -50,7 +63,11 @@ __all__ = [
     "EmbedTextsSettings",
     "EvaluateSettings",
     "EvaluationPrecision",
+    "ExportLayout",
+    "ExportSettings",
     "FinetuneLLMSettings",
+    "Fit",
+    "Interpolation",
     "LLMSettings",
     "Layer",
     "Layout",
@@ -69,7 +86,11 @@ __all__ = [
     "StoreDtype",
     "TeacherSettings",
     "Template",
+    "TextSettings",
     "TrainSettings",
+    "VisionKind",
+    "VisionLoraSettings",
+    "VisionPooling",
     "VisionSettings",
     "ZeroShotSettings",
     "at_least",

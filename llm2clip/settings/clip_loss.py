@@ -31,6 +31,8 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         at_least("teacher", self, 0, "views")
+        if self.views and not self.images:
+            raise ConfigError("teacher.views: views are stored ones; set teacher.images to their store")
         if self.model and (self.images or self.texts):
             raise ConfigError("teacher.model: give a model or stores of its features, not both")
 

@@ -52,6 +52,12 @@ class CaptionSettings:
         """Fields of every role: `short`, `long`, and the further ones."""
         return {"short": self.short, "long": self.long, **self.roles}
 
+    @property
+    def chances(self) -> Mapping[str, float]:
+        """Relative probability of every role that may be drawn."""
+        chances = self.probabilities or dict.fromkeys(self.all_roles, 1.0)
+        return {role: chance for role, chance in chances.items() if chance > 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -65,8 +71,8 @@ class DataSettings:
     captions: CaptionSettings = setting(factory=CaptionSettings, help="caption fields and their roles")
     workers: int | None = setting(
         None,
-        "data-loader processes per rank; 0 reads in the training process; null: 0 where the CPU trains, beside a GPU "
-        "this rank's share of the cores",
+        "data-loader processes per rank; 0 reads in a thread of the training process; null: 0 where the CPU trains, "
+        "beside a GPU this rank's share of the cores",
     )
     shuffle_shards: int = setting(16, "shards whose samples are mixed in one shuffling window")
     max_bad_share: float = setting(0.05, "stop when more than this share of the samples read cannot be used")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm2clip.settings.base import at_least, setting
-from llm2clip.settings.clip import VisionSettings
 from llm2clip.settings.data import DataSettings
 from llm2clip.settings.llm import StoreDtype
+from llm2clip.settings.model import Fit, VisionSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class EmbedImagesSettings:
     views: int = setting(
         0, "augmented views of every image, cut as training cuts them; 0: the whole image, once"
     )
+    fit: Fit = setting("pad", "views: how images become square for the student's tower (`model.vision.fit`)")
     out: str = setting("", "directory of the store")
     dtype: StoreDtype = setting("fp16", "stored precision; int8 has one scale per row")
     shard_rows: int = setting(65536, "features per shard file")

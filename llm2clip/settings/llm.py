@@ -122,10 +122,6 @@ class MaskingSettings:
     replace: Literal["bert", "all"] = setting(
         "bert", "`bert`: 80 % masked, 10 % a random token, 10 % left as they are; `all`: all masked"
     )
-    field: str = setting(
-        "text",
-        "field of plain text; a sample with captions instead gives its short or long one, drawn each time",
-    )
 
     def __post_init__(self) -> None:
         if not 0.0 < self.probability <= 1.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,19 +13,20 @@ from llm2clip.data.image_address import image_address
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.data.store import EmbeddingStore
+from llm2clip.data.store_format import fingerprint_difference
 from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataError, StoreError
 from llm2clip.files import read_json, write_json
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.vision import VisionTower
 from llm2clip.settings import CaptionSettings, TrainSettings
 from llm2clip.training import checkpoint
-from llm2clip.training.clip_data import Reader, role_texts
+from llm2clip.training.clip_reader import Reader, role_texts
 from llm2clip.training.teachers import Teachers
 from llm2clip.training.world import World
 
 
-def require_stored_captions(
-    source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64
+def require_captions(
+    source: Source, captions: CaptionSettings, store: EmbeddingStore | None, probe: int = 64
 ) -> None:
     """Check a spread of samples, so that a store of other data fails now and not in the middle of an epoch.
 
@@ -36,14 +38,15 @@ def require_stored_captions(
     found: set[str] = set()
     for sample in _spread(source, probe, images=False):
         found.update(sample.captions)
-        texts += [text for names in captions.all_roles.values() for text in role_texts(sample, names)]
+        texts += [text for role in captions.chances for text in role_texts(sample, captions.all_roles[role])]
     if not texts:
-        wanted = ", ".join(dict.fromkeys(name for names in captions.all_roles.values() for name in names))
+        wanted = ", ".join(dict.fromkeys(n for role in captions.chances for n in captions.all_roles[role]))
         raise DataError(
             f"{source.name}: no caption in {wanted}; the caption fields found are: "
             f"{', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."
         )
-    store.rows(texts)
+    if store is not None:
+        store.rows(texts)
 
 
 def require_stored_images(source: Source, reader: Reader, vision: VisionTower, probe: int = 16) -> None:
@@ -68,6 +71,12 @@ def require_stored_images(source: Source, reader: Reader, vision: VisionTower, p
             raise StoreError(
                 f"{store.path} was made with views={made}, but teacher.views is {reader.views}; set it to {made}"
             )
+        fit = store.fingerprint.get("preprocessing", {}).get("fit")
+        if reader.views and fit != vision.preprocessing.fit:
+            raise StoreError(
+                f"the views in {store.path} were cut with fit={fit}, this tower's images with "
+                f"{vision.preprocessing.fit}; make them again with fit={vision.preprocessing.fit}"
+            )
         view = 0 if reader.views else None
         rows = store.find([image_address(sample.image or b"", view) for sample in samples])
         lacking = [sample.key for sample, row in zip(samples, rows.tolist(), strict=True) if row < 0]
@@ -78,7 +87,7 @@ def require_stored_images(source: Source, reader: Reader, vision: VisionTower, p
             )
 
 
-def require_teachers(settings: TrainSettings, teachers: Teachers) -> None:
+def require_teachers(settings: TrainSettings, teachers: Teachers, embed_dim: int) -> None:
     """Check that features which are compared directly have as many dimensions.
 
     Raises:
@@ -87,14 +96,14 @@ def require_teachers(settings: TrainSettings, teachers: Teachers) -> None:
     for side, dim in (("image", teachers.image_dim), ("text", teachers.text_dim)):
         weights = getattr(settings.loss.distill, side)
         direct = [name for name in ("mse", "cosine") if weights.get(name)]
-        if direct and dim != settings.model.embed_dim:
+        if direct and dim != embed_dim:
             raise ConfigError(
                 f"loss.distill.{side}: {' and '.join(direct)} compare features directly, but the teacher's have {dim} "
-                f"dimensions and model.embed_dim is {settings.model.embed_dim}; set it to {dim}, or use structure"
+                f"dimensions and model.embed_dim is {embed_dim}; set it to {dim}, or use structure"
             )
 
 
-def require_same_encoder(out: Path, store: EmbeddingStore, world: World) -> None:
+def require_same_encoder(out: Path, fingerprint: dict[str, Any], world: World) -> None:
     """Refuse to go on with embeddings of another encoder than the run began with; their width may be the same.
 
     Raises:
@@ -102,9 +111,14 @@ def require_same_encoder(out: Path, store: EmbeddingStore, world: World) -> None
     """
     record = out / "text_encoder.json"
     if checkpoint.latest(out) is not None and record.exists():
-        store.check_fingerprint(read_json(record, CheckpointError))
+        if different := fingerprint_difference(fingerprint, read_json(record, CheckpointError)):
+            raise StoreError(
+                f"the embeddings were made by another encoder than those that the run in {out} began with:\n  "
+                + "\n  ".join(different)
+                + "\nGo on with that encoder, or choose another run.out."
+            )
     elif world.is_main:
-        write_json(record, store.fingerprint)
+        write_json(record, fingerprint)
 
 
 def require_fixed_text_side(settings: TrainSettings, llm_dim: int) -> None:

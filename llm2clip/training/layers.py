@@ -18,7 +18,8 @@ def layer_numbers(names: Sequence[str]) -> list[int]:
     Returns:
         0 for what is defined before the first numbered layer (patch and position embeddings), then 1, 2, ... for
         the layers, and one more for what comes after them (norms, poolers). Layers inside stages are counted
-        through (`stages.0.blocks.1`). Without numbered layers everything is 0.
+        through (`stages.0.blocks.1`). Without numbered layers everything is 0. So counts BEiT's layer decay, and
+        LLM2CLIP's after it.
     """
     paths = [tuple(int(number) for number in _NUMBERED.findall(name)) for name in names]
     order = {path: number for number, path in enumerate(sorted({path for path in paths if path}), 1)}

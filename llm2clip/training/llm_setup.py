@@ -48,8 +48,14 @@ def trained_encoder(settings: FinetuneLLMSettings, world: World) -> CaptionEncod
     if settings.gradient_checkpointing:
         # the other form of checkpointing wants an input with a gradient, which token ids have not
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    if sharded or settings.objective == "mntp":
+        _require_one_pack(encoder)
     if sharded:
-        _require_shardable(encoder)
+        if encoder.layout != "packed":
+            raise ConfigError(
+                "run.parallel=fsdp: ranks must make equally many forward passes, which only packed captions do; this "
+                "model or llm.layout pads them (docs/packing.md). Set run.parallel=ddp."
+            )
         if world.is_main:
             encoder.base_record()  # hashes the weights while they are whole
         shard_frozen(base_model(model), world)
@@ -71,16 +77,11 @@ def _set_attention_dropout(model: nn.Module, share: float) -> None:
         module.attention_dropout = share  # type: ignore[assignment]
 
 
-def _require_shardable(encoder: CaptionEncoder) -> None:
-    """Each chunk must be one forward of the LLM on every rank, whatever the lengths of its captions."""
-    if encoder.layout != "packed":
-        raise ConfigError(
-            "run.parallel=fsdp: ranks must make equally many forward passes, which only packed captions do; this "
-            "model or llm.layout pads them (docs/packing.md). Set run.parallel=ddp."
-        )
+def _require_one_pack(encoder: CaptionEncoder) -> None:
+    """Any texts must be able to share a pack, for objectives and ranks that make one forward of each chunk."""
     limit = own_pack_above(base_model(encoder.model))
-    if limit is not None and encoder.max_length > limit:
+    if encoder.layout == "packed" and limit is not None and encoder.max_length > limit:
         raise ConfigError(
-            f"run.parallel=fsdp: captions beyond {limit} tokens need a pack of their own in this model; set "
-            f"llm.max_length to at most that, it is {encoder.max_length}"
+            f"texts beyond {limit} tokens need a pack of their own in this model, which objective=mntp and "
+            f"run.parallel=fsdp do not make; set llm.max_length to at most that, it is {encoder.max_length}"
         )

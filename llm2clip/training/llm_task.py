@@ -28,7 +28,8 @@ from llm2clip.training.false_negatives import negative_keys, pair_keys
 from llm2clip.training.llm_setup import is_sharded, trained_encoder
 from llm2clip.training.optim import NamedParameters
 from llm2clip.training.pair_loss import PairLoss, prefix_dims
-from llm2clip.training.pairs import TextPair, pair_source, to_pair
+from llm2clip.training.pair_sources import brings_negatives, pair_source
+from llm2clip.training.pairs import TextPair, to_pair
 from llm2clip.training.world import World
 
 log = logging.getLogger("llm2clip.training")
@@ -135,7 +136,7 @@ def _length_groups(
 
 
 class LLMTask:
-    """Task of `llm2clip finetune-llm` for pairs (see `training.loop.Task`)."""
+    """Task of `llm2clip finetune-llm` for pairs (see `training.task.Task`)."""
 
     title = "fine-tuning the LLM"
     additive = False
@@ -157,8 +158,8 @@ class LLMTask:
         )
         self.module: nn.Module = self._embedder
         self.loss = PairLoss(settings.loss, world)
-        # whether any source may bring some: ranks must agree on it, batch by batch
-        self._negatives = settings.objective == "contrastive" and settings.pairs.negatives != "none"
+        # for the whole run, since ranks must agree on it in every batch
+        self._negatives = brings_negatives(self._source, settings)
 
     def groups(self) -> Mapping[str, NamedParameters]:
         trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]

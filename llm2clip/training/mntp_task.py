@@ -32,7 +32,8 @@ from llm2clip.training.batches import epoch_samples, rank_batches
 from llm2clip.training.llm_setup import is_sharded, trained_encoder
 from llm2clip.training.masking import MaskedText, Masker
 from llm2clip.training.optim import NamedParameters
-from llm2clip.training.pairs import OwnedSample, SingleTexts, pair_source
+from llm2clip.training.pair_sources import SingleTexts, pair_source
+from llm2clip.training.pairs import OwnedSample
 from llm2clip.training.world import World
 
 _EVALUATED_TEXTS = 256

@@ -60,6 +60,20 @@ def average_scalars(module: nn.Module, world: World) -> None:
             parameter.grad /= world.size
 
 
+def unscale(module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """`scaler.unscale_`, which takes sharded gradients or whole ones, but not both at once."""
+    if not scaler.is_enabled():
+        return
+    whole = [p for p in _scalars(module) if p.grad is not None] if isinstance(module, FSDPModule) else []
+    gradients = [parameter.grad for parameter in whole]
+    for parameter in whole:
+        parameter.grad = None
+    scaler.unscale_(optimizer)
+    for parameter, gradient in zip(whole, gradients, strict=True):
+        assert gradient is not None
+        parameter.grad = gradient / scaler.get_scale()
+
+
 @torch.no_grad()
 def copy_whole(sharded: nn.Module, plain: nn.Module | None) -> None:
     """Gather every parameter and buffer of a sharded module (all ranks take part) into one of the same structure.

@@ -63,9 +63,10 @@ class TrainState:
 
     def count_flops(self, samples: Sequence[Any]) -> float:
         """FLOPs of one sample (flops.flops_per_sample), from the first few; 0 where they are not to be counted."""
-        if self._run.peak_tflops == 0 or self._task.sharded:
-            return 0.0  # ranks of a sharded task may cut these few samples into different numbers of chunks
-        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)
+        if self._run.peak_tflops == 0:
+            return 0.0
+        # one chunk: ranks of a sharded module must make equally many forwards
+        chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)[:1]
         return flops.flops_per_sample(self._task.module, chunks, self._world.device, self.autocast)
 
     def backward(self, chunks: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -88,7 +89,7 @@ class TrainState:
         if self._task.sharded:
             sharding.average_gradients(self.optimizer, self._world)
         parallel.average_scalars(self.module, self._world)
-        self._scaler.unscale_(self.optimizer)
+        parallel.unscale(self.module, self.optimizer, self._scaler)
         return loss, metrics, optim.clip_gradients(self.optimizer, self._settings.grad_clip)
 
     def update(self, loss: float, norm: float, samples: Sequence[Any]) -> None:
@@ -101,12 +102,15 @@ class TrainState:
         overflowed = self._scaler.is_enabled() and math.isfinite(loss)
         if not finite and not (overflowed and self._scaler.get_scale() > precision.SMALLEST_SCALE):
             raise self._not_finite(loss, norm, self._task.names(samples))
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
         if finite:
+            self._scaler.step(self.optimizer)
             self._task.after_step()
             if self._average is not None:
                 self._average.update(self.at.step + 1)
+        scale = self._scaler.get_scale()
+        self._scaler.update()
+        if not finite and self._scaler.get_scale() >= scale:  # the scaler has not seen what overflowed
+            self._scaler.update(scale * self._scaler.get_backoff_factor())
 
     def extra_metrics(self) -> dict[str, float]:
         """The scale of an fp16 loss, where there is one."""

@@ -12,7 +12,7 @@ from llm2clip.data.store import EmbeddingStore
 from llm2clip.models.clip_teacher import ClipTeacher
 from llm2clip.models.vision import VisionTower
 from llm2clip.settings import TrainSettings
-from llm2clip.training.clip_data import ImageTexts
+from llm2clip.training.clip_batch import ImageTexts
 from llm2clip.training.precision import autocast_of
 from llm2clip_kernels import l2_normalize
 

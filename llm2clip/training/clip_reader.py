@@ -1,12 +1,10 @@
-"""Samples of the CLIP stage: what the loader's workers read, decode and look up, and the batches they make of it."""
+"""What a loader's worker does for the CLIP stage: draw captions, decode and cut the image, look up stored features."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
-from typing import TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +16,7 @@ from llm2clip.data.sample import Sample
 from llm2clip.data.store import EmbeddingStore
 from llm2clip.errors import BadSampleError, StoreError
 from llm2clip.settings import CaptionSettings
-
-T = TypeVar("T")
+from llm2clip.training.clip_batch import ImageTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,108 +36,6 @@ class ImageText:
     texts: tuple[str, ...]
     pixels: Tensor | None = None
     address: str = ""
-
-
-@dataclass(frozen=True)
-class ImageTexts:
-    """B images with C captions, those of one image next to each other.
-
-    Attributes:
-        keys: sample keys, for messages.
-        groups: (B,) int64, what the images show.
-        counts: captions of each image, B numbers.
-        texts: C captions.
-        embeddings: (C, D_llm) fp32 of the captions.
-        pixels: (B, 3, S, S) uint8.
-        features: (B, F) fp32, stored features of a frozen tower.
-        teacher_image: (B, E) fp32 of a teacher.
-        teacher_text: (C, E) fp32 of a teacher.
-        teacher_tower: (B, F) fp32 of the tower that the run began with.
-        owners: (C,) int64, the image of each caption in the batch that was split.
-        meeting: whether images of one group may meet in the batch, here or on another rank.
-    """
-
-    keys: list[str]
-    groups: Tensor
-    counts: list[int]
-    texts: list[str]
-    embeddings: Tensor | None = None
-    pixels: Tensor | None = None
-    features: Tensor | None = None
-    teacher_image: Tensor | None = None
-    teacher_text: Tensor | None = None
-    teacher_tower: Tensor | None = None
-    owners: Tensor | None = None
-    meeting: bool = True
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, rows: slice) -> ImageTexts:
-        """Consecutive images with their captions."""
-        start, stop, _ = rows.indices(len(self))
-        edges = [0, *accumulate(self.counts)]
-        captions = slice(edges[start], edges[max(start, stop)])
-        return replace(
-            self,
-            keys=self.keys[start:stop],
-            groups=self.groups[start:stop],
-            counts=self.counts[start:stop],
-            texts=self.texts[captions],
-            embeddings=_rows(self.embeddings, captions),
-            pixels=_rows(self.pixels, slice(start, stop)),
-            features=_rows(self.features, slice(start, stop)),
-            teacher_image=_rows(self.teacher_image, slice(start, stop)),
-            teacher_text=_rows(self.teacher_text, captions),
-            teacher_tower=_rows(self.teacher_tower, slice(start, stop)),
-            owners=_rows(self.owners, captions),
-        )
-
-    @property
-    def repeats(self) -> bool:
-        """Whether a group appears twice (`groups` on the CPU)."""
-        return len(np.unique(self.groups.numpy())) < len(self)
-
-    def one_per_group(self) -> ImageTexts:
-        """Without images of what an earlier one shows already."""
-        if not self.repeats:
-            return self
-        _, first = np.unique(self.groups.numpy(), return_index=True)
-        return join([self[int(i) : int(i) + 1] for i in sorted(first)])
-
-    def split(self, size: int) -> list[ImageTexts]:
-        """Parts of at most `size` images; 0: all in one. Each knows the owners of its captions in the whole."""
-        step, counts = size or len(self), torch.tensor(self.counts)
-        owners = torch.repeat_interleave(counts, output_size=len(self.texts)).to(self.groups.device)
-        whole = replace(self, owners=owners)
-        return [whole[start : start + step] for start in range(0, len(self), step)]
-
-    def to(self, device: torch.device) -> ImageTexts:
-        """The same on `device`; from pinned memory without waiting for the copies."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> ImageTexts:
-        """The same in page-locked memory."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, function: object) -> ImageTexts:
-        assert callable(function)
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
-
-
-def join(parts: Sequence[ImageTexts]) -> ImageTexts:
-    """One batch of several, in order; all have the same tensors."""
-    if len(parts) == 1:
-        return parts[0]
-    joined: dict[str, object] = {}
-    for field in fields(ImageTexts):
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], Tensor):
-            joined[field.name] = torch.cat(values)
-        elif isinstance(values[0], list):
-            joined[field.name] = [item for value in values for item in value]
-    return ImageTexts(**joined)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -226,19 +121,20 @@ def draw_captions(sample: Sample, captions: CaptionSettings, rng: np.random.Gene
     Raises:
         BadSampleError: no role that may be drawn has text.
     """
+    chances = captions.chances
     left = {
         role: list(dict.fromkeys(texts))
         for role, names in captions.all_roles.items()
-        if (texts := role_texts(sample, names)) and _chance(captions, role) > 0
+        if role in chances and (texts := role_texts(sample, names))
     }
     if not left:
-        wanted = ", ".join(dict.fromkeys(name for names in captions.all_roles.values() for name in names))
+        wanted = ", ".join(dict.fromkeys(name for role in chances for name in captions.all_roles[role]))
         raise BadSampleError(
             sample.key, f"no caption in {wanted}; it has {', '.join(sample.captions) or 'none'}"
         )
     drawn: list[str] = []
     while left and len(drawn) < captions.per_image:
-        role = _draw({role: _chance(captions, role) for role in left}, rng)
+        role = _draw({role: chances[role] for role in left}, rng)
         open_texts = left[role]
         text = open_texts.pop(int(rng.integers(len(open_texts))) if len(open_texts) > 1 else 0)
         if text not in drawn:  # two roles may have the same text
@@ -253,10 +149,6 @@ def role_texts(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
     return next((texts for name in names if (texts := sample.captions.get(name))), ())
 
 
-def _chance(captions: CaptionSettings, role: str) -> float:
-    return captions.probabilities.get(role, 0.0) if captions.probabilities else 1.0
-
-
 def _draw(chances: dict[str, float], rng: np.random.Generator) -> str:
     point = float(rng.random()) * sum(chances.values())
     for role, chance in chances.items():
@@ -264,10 +156,6 @@ def _draw(chances: dict[str, float], rng: np.random.Generator) -> str:
         if point < 0:
             return role
     return list(chances)[-1]
-
-
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def _stored_images(store: EmbeddingStore | None, items: Sequence[ImageText]) -> Tensor | None:
