@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | export | env`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(
         commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
     )
+    _add_configured(commands, "export", "models for Hugging Face, open_clip, ONNX; merged LLMs", _export)
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -102,15 +103,8 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (
-        _finetune_llm,
-        _embed,
-        _evaluate,
-        _retrieval,
-        _zero_shot,
-        _linear_probe,
-        _demo,
-    ) and not getattr(args, "print_config", False):
+    # every command with settings does, unless it only prints them
+    if getattr(args, "print_config", None) is False or args.handler is _demo:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -196,6 +190,16 @@ def _linear_probe(args: argparse.Namespace) -> int:
         from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
 
         evaluate_linear_probe(settings)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ExportSettings
+
+    if (settings := _settings(args, ExportSettings)) is not None:
+        from llm2clip.export import export
+
+        print(f"{settings.layout} layout in {export(settings)}, loaded back with equal features")
     return 0
 
 

