@@ -191,7 +191,8 @@ def settings(kit: Kit, tmp_path: Path) -> LinearProbeSettings:
                 Image.new("RGB", (9, 9), (shade, shade, shade)).save(path)
     return LinearProbeSettings(
         models={"start": f"transformers:{kit.clip}", "ours": str(kit.first)}, train=str(tmp_path / "train"),
-        test=str(tmp_path / "test"), out=str(tmp_path / "out"), device="cpu", sweep=2, iterations=50, neighbours=(1, 5), resamples=50,
+        test=str(tmp_path / "test"), out=str(tmp_path / "out"), device="cpu", sweep=2, iterations=50,
+        neighbours=(1, 5), resamples=50,
     )  # fmt: skip
 
 

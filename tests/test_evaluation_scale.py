@@ -40,13 +40,14 @@ start = time.monotonic()
 both = rank_directions(texts.rows(), gallery.rows(), pairing, world)
 seconds = time.monotonic() - start
 scores = summarise(both.text_to_image)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 x, y = texts.rows()[:64].double(), gallery.rows()
 above = torch.zeros(64, dtype=torch.int64)
 for first in range(0, IMAGES, 1 << 17):
     own = (x * y[owner[:64]].double()).sum(1)[:, None]
     above += (x @ y[first : first + (1 << 17)].double().T > own + TIE_TOLERANCE).sum(1)
 print(json.dumps({
-    "grown": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, "seconds": seconds,
+    "grown": grown, "seconds": seconds,
     "equal": above.tolist() == both.text_to_image.above[:64].tolist(), "r1": scores["recall"]["1"],
     "asked": len(both.image_to_text.above), "gallery": scores["gallery"], "chance": scores["chance"]["1"],
 }))
