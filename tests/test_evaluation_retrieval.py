@@ -22,6 +22,7 @@ from llm2clip.evaluation import benchmark_retrieval, evaluate
 from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
 from llm2clip.evaluation.datasets import Request, open_dataset
 from llm2clip.evaluation.ranking import pair_up
+from llm2clip.export.card import result_metrics
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import (
@@ -108,6 +109,11 @@ def test_recall_is_that_of_the_published_protocol(
     assert found(results, "first", "image → text")["chance"]["1"] == pytest.approx(5 / 120)
     assert results["setup"]["models"]["first"]["captions"] == "the LLM"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    # what a model card takes from it
+    for_card = result_metrics(tmp_path / "out" / "results.json")
+    second = by_hand(kit, kit.second, tmp_path / "flickr30k")
+    assert for_card["Flickr30k text → image R@1"] == pytest.approx(second["text → image"][0])
+    assert len(for_card) == 6
 
 
 def test_models_are_compared_on_the_same_queries(settings: RetrievalSettings) -> None:

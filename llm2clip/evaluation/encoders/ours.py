@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,16 +70,23 @@ class LLM2CLIPEncoder(DualEncoder):
 
     def image_identity(self) -> dict[str, Any]:
         return {
-            "weights": digest_of(self.model.vision_model, self.model.visual_projection),
+            "weights": self._image_weights,
             "transform": repr(self.transform),
             "precision": self.precision,
         }
 
     def text_identity(self) -> dict[str, Any]:
+        return {"weights": self._text_weights, **self.captions.identity()}
+
+    @cached_property
+    def _image_weights(self) -> str:
+        return digest_of(self.model.vision_model, self.model.visual_projection)
+
+    @cached_property
+    def _text_weights(self) -> str:
         model = self.model
         beside = (model.clip_text, model.text_projection, model.text_fusion)
-        own = [part for part in (model.text_adapter, *beside) if part is not None]
-        return {"weights": digest_of(*own), **self.captions.identity()}
+        return digest_of(*(part for part in (model.text_adapter, *beside) if part is not None))
 
     def describe(self) -> dict[str, Any]:
         model = self.model
