@@ -114,11 +114,8 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    loads = (
-        _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _caption_retrieval, _retrieval, _zero_shot,
-        _linear_probe, _export, _demo,
-    )  # fmt: skip
-    if args.handler in loads and not getattr(args, "print_config", False):
+    # every command with settings does, unless it only prints them
+    if getattr(args, "print_config", None) is False or args.handler is _demo:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

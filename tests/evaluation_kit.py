@@ -11,7 +11,9 @@ import torch
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import ModelSettings, VisionSettings
-from tests.tiny_models import VOCAB, save_tiny, tiny_tokenizer
+from tests.clip_kit import save_clip
+from tests.tiny_models import save_tiny
+from tests.vision_kit import TINY
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,20 @@ def build_kit(root: Path) -> Kit:
         settings = ModelSettings(vision=vision, embed_dim=6, adapter_depth=1)
         model = LLM2CLIP(settings, encoder.dim, encoder.fingerprint())
         model.save_pretrained(root / name / "result")
-    return Kit(llm, root / "first", root / "second", save_clip(root / "clip"))
+    return Kit(llm, root / "first", root / "second", save_baseline(root / "clip"))
 
 
-def save_clip(folder: Path, kind: str = "clip") -> Path:
+def save_baseline(folder: Path, kind: str = "clip") -> Path:
     """A tiny transformers CLIP or SigLIP with its image processor and tokenizer."""
-    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
-
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 8, "patch_size": 4}  # fmt: skip
-    text = {**vision, "vocab_size": VOCAB, "max_position_embeddings": 24, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-    torch.manual_seed(5)
-    model = (
-        CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=6))
-        if kind == "clip"
-        else SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
-    )
-    model.save_pretrained(folder)
-    tiny_tokenizer(bos=True).save_pretrained(folder)
-    size = {"height": 8, "width": 8}
+    save_clip(folder, kind)
+    config = json.loads((folder / "config.json").read_text())
+    # pooling at the largest id: the kit's tokenizer has no token of its eos, which would pool all texts at the first
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    size = {"height": TINY["image_size"], "width": TINY["image_size"]}
     processor = {
         "image_processor_type": "CLIPImageProcessor" if kind == "clip" else "SiglipImageProcessor",
-        "size": {"shortest_edge": 8} if kind == "clip" else size, "crop_size": size,
+        "size": {"shortest_edge": TINY["image_size"]} if kind == "clip" else size, "crop_size": size,
         "do_center_crop": kind == "clip", "do_resize": True, "do_rescale": True, "do_normalize": True,
         "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27], "resample": 3,
     }  # fmt: skip

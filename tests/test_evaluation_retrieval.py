@@ -18,13 +18,22 @@ from llm2clip.cli import main
 from llm2clip.data.images import ImageTransform, decode_image
 from llm2clip.embed import embed
 from llm2clip.errors import ConfigError, DataError, ModelError, StoreError
-from llm2clip.evaluation import benchmark_retrieval
+from llm2clip.evaluation import benchmark_retrieval, evaluate
 from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
 from llm2clip.evaluation.datasets import Request, open_dataset
 from llm2clip.evaluation.ranking import pair_up
+from llm2clip.export.card import result_metrics
 from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.settings import DataSettings, EmbedSettings, LLMSettings, ModelSettings, RetrievalSettings
+from llm2clip.settings import (
+    CaptionSettings,
+    DataSettings,
+    EmbedSettings,
+    EvaluateSettings,
+    LLMSettings,
+    ModelSettings,
+    RetrievalSettings,
+)
 from llm2clip.training.world import World
 from tests.benchmark_files import WRITERS, write_json
 from tests.data_files import image_bytes, members_of, write_tar
@@ -100,6 +109,11 @@ def test_recall_is_that_of_the_published_protocol(
     assert found(results, "first", "image → text")["chance"]["1"] == pytest.approx(5 / 120)
     assert results["setup"]["models"]["first"]["captions"] == "the LLM"
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    # what a model card takes from it
+    for_card = result_metrics(tmp_path / "out" / "results.json")
+    second = by_hand(kit, kit.second, tmp_path / "flickr30k")
+    assert for_card["Flickr30k text → image R@1"] == pytest.approx(second["text → image"][0])
+    assert len(for_card) == 6
 
 
 def test_models_are_compared_on_the_same_queries(settings: RetrievalSettings) -> None:
@@ -310,6 +324,39 @@ def test_distractors_fill_the_gallery_and_ask_nothing(settings: RetrievalSetting
         assert found(results, label, "image → text") == found(alone, label, "image → text")
     assert results["datasets"]["distractors"]["images"] == 41
     assert "of 64" in (tmp_path / "full" / "report.html").read_text()
+
+
+def test_own_data_scores_as_in_plain_evaluate(kit: Kit, tmp_path: Path) -> None:
+    """The same model on the same captions by the other evaluation, equal captions and translations included."""
+    members = []
+    for number in range(30):
+        texts = {
+            "caption": f"short {number // 2}",
+            "alt": f"a longer text about {number}",
+            "es": {"caption": f"{number}"},
+        }
+        members += [
+            (f"{number}.png", image_bytes((8 * number, 250 - 7 * number, 9))),
+            (f"{number}.json", json.dumps(texts).encode()),
+        ]
+    write_tar(tmp_path / "val.tar", members)
+    captions = CaptionSettings(translations={"es": "es.caption"})
+    data = DataSettings(val=(str(tmp_path / "val.tar"),), captions=captions)
+    llm = LLMSettings(path=str(kit.llm))
+    plain = evaluate(
+        EvaluateSettings(data=data, model=str(kit.first), llm=llm, out=str(tmp_path / "plain"), device="cpu")
+    )
+    ours = evaluate_retrieval(
+        RetrievalSettings(
+            data=data, models={"it": str(kit.first)}, llm=llm, out=str(tmp_path / "ours"), device="cpu"
+        )
+    )
+    found = {(row["captions"], row["direction"]): row["scores"] for row in ours["retrieval"]}
+    assert len(plain["retrieval"]) == len(found) == 6
+    for row in plain["retrieval"]:
+        mine = found[row["queries"], row["direction"]]
+        for measure in ("recall", "chance", "mrr", "chance_mrr", "median_rank", "queries", "gallery"):
+            assert mine[measure] == pytest.approx(row["scores"][measure])
 
 
 def check_ranks(rank: int, world: int, given: RetrievalSettings, wanted: dict[str, Any]) -> None:

@@ -144,9 +144,10 @@ def _measure(
             kind.pairing = pair_up(kind.captions, usable, equal_match=data.equal_match)
             if encoder.label in kind.of_strangers:
                 kind.pairing = with_strangers(kind.pairing, len(kind.of_strangers[encoder.label]))
-        elif not usable[kind.pairing.image_rows].all():
-            raise DataError(f"images of {data.title} vanished while the models were measured; start again")
         kind.texts[encoder.label], kind.images[encoder.label] = texts, images
+        changed = len(kind.gallery(encoder.label)) != len(kind.pairing.image_groups)
+        if changed or not usable[kind.pairing.image_rows].all():
+            raise DataError(f"images of {data.title} changed while the models were measured; start again")
         kind.ranks[encoder.label] = rank_directions(
             kind.queries(encoder.label), kind.gallery(encoder.label), kind.pairing, cache.world
         )

@@ -76,7 +76,7 @@ def last_metrics(path: Path) -> dict[str, float]:
 
 
 def result_metrics(path: Path) -> dict[str, float]:
-    """Recall of an evaluation's results.json: `long text → image R@1` -> share.
+    """Recall of an evaluation's results.json: `long text → image R@1` or `COCO text → image R@1` -> share.
 
     Raises:
         UserError: the file holds no retrieval results.
@@ -85,9 +85,12 @@ def result_metrics(path: Path) -> dict[str, float]:
     rows = content.get("retrieval") if isinstance(content, dict) else None
     if not rows:
         raise UserError(f"{path} holds no retrieval results; give results.json of `llm2clip evaluate`")
+    # benchmarks of several models: the last is the one that the report shows
+    shown = list((content.get("setup") or {}).get("models") or {})[-1:]
     return {
-        f"{row['queries']} {row['direction']} R@{k}": float(value)
+        f"{row.get('queries') or row['title']} {row['direction']} R@{k}": float(value)
         for row in rows
+        if not shown or row["model"] == shown[0]
         for k, value in row["scores"]["recall"].items()
     }
 

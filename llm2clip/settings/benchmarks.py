@@ -20,8 +20,8 @@ class BenchmarkSettings:
 
     models: dict[str, str] = setting(
         factory=dict,
-        help="name in the tables -> what to evaluate: a run or model directory of the CLIP stage, "
-        "`transformers:DIRECTORY` (a CLIP or SigLIP model), or `open_clip:NAME@WEIGHTS` (file or tag) or "
+        help="name in the tables -> what to evaluate: a run or model directory of the CLIP stage, a published "
+        "checkpoint, `transformers:DIRECTORY` (a CLIP or SigLIP model), or `open_clip:NAME@WEIGHTS` (file or tag) or "
         "`open_clip:local-dir:DIRECTORY`",
     )
     baseline: str = setting(

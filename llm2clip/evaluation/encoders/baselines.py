@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,48 @@ from torch import Tensor
 
 from llm2clip.errors import ConfigError, ModelError
 from llm2clip.evaluation.encoders.base import DualEncoder, digest_of, no_layer
+from llm2clip.models.fingerprint import tokenizer_digest
 from llm2clip.settings import EvaluationPrecision, Layer
 
 _TEXT_BATCH = 256
 
 
-class TransformersEncoder(DualEncoder):
+class _OwnTextTower(DualEncoder):
+    """What both libraries' models have in common.
+
+    Attributes:
+        context_length: tokens of a caption that are read.
+    """
+
+    context_length: int
+    _model: Any
+    _pixels: str  # what the pixels depend on
+    _tokens: str  # what the tokens depend on, besides the context length
+
+    def image_identity(self) -> dict[str, Any]:
+        return {"weights": self._weights, "transform": self._pixels, "precision": self.precision}
+
+    def text_identity(self) -> dict[str, Any]:
+        return {
+            "weights": self._weights,
+            "tokens": self.context_length,
+            "tokenizer": self._tokens,
+            "precision": self.precision,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": f"{type(self._model).__module__.partition('.')[0]} {type(self._model).__name__}",
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "captions": f"own text tower, {self.context_length} tokens",
+        }
+
+    @cached_property
+    def _weights(self) -> str:
+        return digest_of(self._model)
+
+
+class TransformersEncoder(_OwnTextTower):
     """A transformers model with `get_image_features` and `get_text_features` (CLIP, SigLIP, Chinese-CLIP, ...).
 
     Args:
@@ -62,7 +99,14 @@ class TransformersEncoder(DualEncoder):
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             raise ModelError(f"{label}: {type(model).__name__} in {path} has no image and text features")
         self.label, self.device, self.precision = label, device, precision
-        self.transform = self._processor = ProcessorTransform(processor)
+        self.transform = ProcessorTransform(processor)
+        self._pixels = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+        tokenizer = self._tokenizer
+        self._tokens = (
+            tokenizer_digest(tokenizer)
+            if tokenizer.is_fast
+            else f"{type(tokenizer).__name__} {len(tokenizer)}"
+        )
         self._model = model.to(device).eval()
         config = model.config
         text = getattr(config, "text_config", config)
@@ -97,28 +141,6 @@ class TransformersEncoder(DualEncoder):
                 parts.append(_features(self._model.get_text_features(**inputs)).cpu())
         return torch.cat(parts)
 
-    def image_identity(self) -> dict[str, Any]:
-        return {
-            "weights": digest_of(self._model),
-            "transform": self._processor.identity(),
-            "precision": self.precision,
-        }
-
-    def text_identity(self) -> dict[str, Any]:
-        return {
-            "weights": digest_of(self._model),
-            "tokens": self.context_length,
-            "vocabulary": len(self._tokenizer),
-            "precision": self.precision,
-        }
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": f"transformers {type(self._model).__name__}",
-            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
-            "captions": f"own text tower, {self.context_length} tokens",
-        }
-
 
 class ProcessorTransform:
     """A transformers image processor on one image, as a dictionary of tensors without the batch dimension."""
@@ -130,12 +152,8 @@ class ProcessorTransform:
         values = self._processor(images=image, return_tensors="pt")
         return {name: value[0] for name, value in values.items()}
 
-    def identity(self) -> str:
-        """What pixels depend on."""
-        return json.dumps(self._processor.to_dict(), sort_keys=True, default=str)
 
-
-class OpenClipEncoder(DualEncoder):
+class OpenClipEncoder(_OwnTextTower):
     """An open_clip model.
 
     Args:
@@ -183,7 +201,8 @@ class OpenClipEncoder(DualEncoder):
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{label}: open_clip cannot load {name}: {error}") from error
         self.label, self.device, self.precision, self.transform = label, device, precision, transform
-        self._model: Any = model.eval()
+        self._model = model.eval()
+        self._pixels, self._tokens = str(transform), model_name
         self.context_length = int(getattr(self._tokenizer, "context_length", 77))
 
     @torch.no_grad()
@@ -201,23 +220,6 @@ class OpenClipEncoder(DualEncoder):
             with self.autocast():
                 parts.append(_features(self._model.encode_text(tokens)).cpu())
         return torch.cat(parts)
-
-    def image_identity(self) -> dict[str, Any]:
-        return {
-            "weights": digest_of(self._model),
-            "transform": str(self.transform),
-            "precision": self.precision,
-        }
-
-    def text_identity(self) -> dict[str, Any]:
-        return {"weights": digest_of(self._model), "tokens": self.context_length, "precision": self.precision}
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": f"open_clip {type(self._model).__name__}",
-            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
-            "captions": f"own text tower, {self.context_length} tokens",
-        }
 
 
 def _features(output: Any) -> Tensor:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import ImageTransform
 from llm2clip.errors import StoreError
 from llm2clip.evaluation.encoders.base import DualEncoder, digest_of
 from llm2clip.evaluation.encoders.captions import CaptionSource
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import EvaluationPrecision, Layer
 
-_TEXT_BATCH = 4096
+_TEXT_BATCH = 1024
 
 
 class LLM2CLIPEncoder(DualEncoder):
@@ -36,14 +36,7 @@ class LLM2CLIPEncoder(DualEncoder):
     ) -> None:
         self.label, self.model, self.captions, self.precision = label, model.eval(), captions, precision
         self.device = next(model.parameters()).device
-        vision = model.vision_model
-        # towers that know how their images are prepared say so themselves
-        prepared: Any = getattr(vision, "preprocessing", None)
-        self.transform = (
-            ImageTransform(vision.image_size, vision.mean, vision.std)
-            if prepared is None
-            else prepared.transform()
-        )
+        self.transform = model.vision_model.preprocessing.transform()
         if captions.dim is not None and captions.dim != model.llm_dim:
             raise StoreError(
                 f"{label} takes LLM embeddings of dimension {model.llm_dim}, but those of {captions.describe()} have "
@@ -61,21 +54,39 @@ class LLM2CLIPEncoder(DualEncoder):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        parts = self.captions(texts).split(_TEXT_BATCH)
-        return torch.cat([self.model.get_text_features(part.to(self.device)).float().cpu() for part in parts])
+        embeddings = self.captions(texts)
+        parts = []
+        for start in range(0, len(texts), _TEXT_BATCH):
+            rows = slice(start, start + _TEXT_BATCH)
+            clip_tokens = None
+            if self.model.text_fusion is not None and self.model.clip_text is not None:
+                clip_tokens = self.model.clip_text.tokenize(list(texts[rows])).to(self.device)
+            features = self.model.get_text_features(embeddings[rows].to(self.device), clip_tokens)
+            parts.append(features.float().cpu())
+        return torch.cat(parts)
 
     def check_texts(self, texts: Sequence[str], what: str) -> None:
         self.captions.check(texts, what)
 
     def image_identity(self) -> dict[str, Any]:
         return {
-            "weights": digest_of(self.model.vision_model, self.model.visual_projection),
+            "weights": self._image_weights,
             "transform": repr(self.transform),
             "precision": self.precision,
         }
 
     def text_identity(self) -> dict[str, Any]:
-        return {"weights": digest_of(self.model.text_adapter), **self.captions.identity()}
+        return {"weights": self._text_weights, **self.captions.identity()}
+
+    @cached_property
+    def _image_weights(self) -> str:
+        return digest_of(self.model.vision_model, self.model.visual_projection)
+
+    @cached_property
+    def _text_weights(self) -> str:
+        model = self.model
+        beside = (model.clip_text, model.text_projection, model.text_fusion)
+        return digest_of(*(part for part in (model.text_adapter, *beside) if part is not None))
 
     def describe(self) -> dict[str, Any]:
         model = self.model
