@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm2clip.data.caption_stream import CaptionStream
 from llm2clip.data.order import EpochOrder
 from llm2clip.data.sources import open_source
-from llm2clip.embed import collect_captions
 from llm2clip.errors import BadSampleError, DataError
 from llm2clip.settings import CaptionSettings, DataSettings
 from llm2clip.training.clip_reader import draw_captions
@@ -89,8 +89,8 @@ def test_raw_and_dense_captions_are_mixed_as_asked(tmp_path: Path) -> None:
         "raw text 2", "shortSV text of picture 2", "longSV text of picture 2"
     }  # fmt: skip
     # and all of them are embedded
-    found = collect_captions(DataSettings(train=(str(folder),), captions=captions), progress=False)
-    assert len(found.texts) == 12 and "raw text 3" in found.texts
+    found = set(CaptionStream(DataSettings(train=(str(folder),), captions=captions)).read())
+    assert len(found) == 12 and "raw text 3" in found
     with pytest.raises(
         BadSampleError, match="no caption in raw_caption; it has shortIB_captions, longIB_captions"
     ):
