@@ -160,6 +160,8 @@ def test_weights_of_both_repositories(kind: str, tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "eva.pt")
     built = build_vision_tower(VisionSettings(kind="eva02", path=str(tmp_path / "eva.pt"))).eval()
     assert built.image_size == 16 and built.model.sizes == TINY
+    weight, bias = built.model.pretrained_projection
+    assert torch.equal(weight, torch.ones(5, 24)) and torch.equal(bias, torch.ones(5))
     tolerance = 1e-6 if kind == "LLM2CLIP" else 2e-2
     torch.testing.assert_close(built(pixels), tower(pixels), atol=tolerance, rtol=tolerance)
     again = tower_from_config(built.to_config()).eval()
@@ -204,11 +206,14 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_names_without_weights_and_bad_sizes() -> None:
+    random = VisionSettings(kind="eva02", name="eva02-b-16", image_size=256, pretrained=False)
     with torch.device("meta"):
-        tower = build_vision_tower(VisionSettings(kind="eva02", name="eva02-b-16", image_size=256))
+        tower = build_vision_tower(random)
     assert tower.model.pos_embed.shape == (1, 257, 768) and tower.image_size == 256
     with pytest.raises(ModelError, match="vision.name: eva02-b-16, eva02-l-14, eva02-l-14-336; got None"):
-        build_vision_tower(VisionSettings(kind="eva02"))
+        build_vision_tower(VisionSettings(kind="eva02", pretrained=False))
+    with pytest.raises(ModelError, match="needs vision.path, the weights, for nothing is downloaded"):
+        build_vision_tower(VisionSettings(kind="eva02", name="eva02-b-16"))
     bad: list[tuple[dict[str, Any], str]] = [
         ({"image_size": 15}, "not a multiple"),
         ({"heads": 5}, "heads divide"),

@@ -89,12 +89,17 @@ def test_timm_training(tmp_path: Path) -> None:
 def test_timm_weights_and_names_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="knows no architecture .no_such."):
         build_vision_tower(VisionSettings(kind="timm", name="no_such"))
+    for kind, name in (("timm", "resnet10t"), ("open_clip", "ViT-B-32")):
+        with pytest.raises(ModelError, match="needs vision.path, the weights, for nothing is downloaded"):
+            build_vision_tower(VisionSettings(kind=kind, name=name))  # type: ignore[arg-type]
     timm_directory(tmp_path / "timm")
     state = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **TINY_VIT).state_dict()
     save_file({**state, "decoder": torch.ones(1)}, tmp_path / "timm" / "model.safetensors")
     with pytest.raises(ModelError, match=r"1 unexpected \(decoder\)"):
         timm_tower(tmp_path / "timm")
-    convolutional = build_vision_tower(VisionSettings(kind="timm", name="resnet10t", image_size=64))
+    convolutional = build_vision_tower(
+        VisionSettings(kind="timm", name="resnet10t", image_size=64, pretrained=False)
+    )
     assert convolutional.eval()(torch.randn(1, 3, 64, 64)).shape == (1, convolutional.dim)
     with pytest.raises(ModelError, match="patch_dropout needs a vision transformer"):
         convolutional.model.set_patch_dropout(0.5)
@@ -190,7 +195,7 @@ def test_open_clip_training(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="open_clip knows no model 'no-such'"):
         build_vision_tower(VisionSettings(kind="open_clip", name="no-such"))
     with torch.device("meta"):
-        named = build_vision_tower(VisionSettings(kind="open_clip", name="ViT-B-32"))
+        named = build_vision_tower(VisionSettings(kind="open_clip", name="ViT-B-32", pretrained=False))
     assert named.dim == 768 and named.image_size == 224
 
 
@@ -266,7 +271,7 @@ def test_their_own_towers_go_back_to_open_clip(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["eva02", "siglip"])
 def test_open_clip_loads_towers_that_it_knows_by_name(kind: str, tmp_path: Path) -> None:
     if kind == "eva02":
-        vision = VisionSettings(kind="eva02", name="eva02-b-16")
+        vision = VisionSettings(kind="eva02", name="eva02-b-16", pretrained=False)
     else:
         config = {"model_type": "siglip_vision_model", "hidden_act": "gelu"}
         (tmp_path / "config.json").write_text(json.dumps(config))  # the defaults are base, patch 16, 224

@@ -12,8 +12,16 @@ from safetensors.torch import load_file
 
 from llm2clip.data.store import EmbeddingStore, StoreWriter
 from llm2clip.errors import ConfigError, ModelError
+from llm2clip.export import export
 from llm2clip.models import LLM2CLIP, CaptionEncoder, group_of
-from llm2clip.settings import ClipTextSettings, LoraSettings, ModelSettings, TextSettings, VisionSettings
+from llm2clip.settings import (
+    ClipTextSettings,
+    ExportSettings,
+    LoraSettings,
+    ModelSettings,
+    TextSettings,
+    VisionSettings,
+)
 from tests.clip_kit import CONTEXT, save_clip, tiny_llm2clip
 from tests.tiny_models import save_tiny
 from tests.vision_kit import vision_json
@@ -100,6 +108,8 @@ def test_joint_training_reaches_the_adapters_and_is_saved_beside(llm: Path, tmp_
     model.save_pretrained(tmp_path / "out")
     names = set(load_file(tmp_path / "out" / "model.safetensors"))
     assert names and not any("caption_encoder" in name for name in names)
+    hub = export(ExportSettings(model=str(tmp_path / "out"), out=str(tmp_path / "hub")))
+    assert (hub / "llm_adapter" / "adapter_config.json").is_file()
     loaded = LLM2CLIP.from_pretrained(tmp_path / "out")
     assert loaded.fingerprint != before and loaded.fingerprint == encoder.fingerprint()
     again = CaptionEncoder.from_pretrained(llm, adapter=tmp_path / "out" / "llm_adapter")

@@ -16,7 +16,7 @@ from llm2clip.files import atomic_path
 from llm2clip.models.hf_layout import fill_hugging_face
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_card import ModelCard
-from llm2clip.models.model_files import fill_native
+from llm2clip.models.model_files import LLM_ADAPTER, RESULT, fill_native
 from llm2clip.models.open_clip_layout import fill_open_clip
 from llm2clip.settings import ExportSettings
 
@@ -58,6 +58,9 @@ def export(settings: ExportSettings) -> Path:
         _FILLERS[settings.layout](model, folder, card)
         if run is not None:
             shutil.copyfile(run / "config.yaml", folder / TRAINING)
+        for place in (Path(settings.model), Path(settings.model) / RESULT):
+            if (place / LLM_ADAPTER).is_dir():  # of an LLM that was trained with the model
+                shutil.copytree(place / LLM_ADAPTER, folder / LLM_ADAPTER)
         back = OnnxModel(folder) if settings.layout == "onnx" else LLM2CLIP.from_pretrained(folder)
         for side, wanted, found in zip(("image", "text"), expected, _features(back, model), strict=True):
             _compare(side, wanted, found, settings, f"nothing was written to {out}")

@@ -55,7 +55,7 @@ class ClipText(nn.Module):
         super().__init__()
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.pretrained_projection = projection
+        self.pretrained_projection = None if projection is None else (projection, None)
         config: Any = model.config
         self.context = int(config.max_position_embeddings)
         self._siglip = config.model_type == "siglip_text_model"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from llm2clip.errors import ModelError
 from llm2clip.models.eva02 import ARCHITECTURES, EVA02, EVA02Config, rotary_tables
 from llm2clip.models.positions import resized_state
 from llm2clip.models.preprocessing import Preprocessing, read_preprocessor
+from llm2clip.models.trunk import no_weights
 from llm2clip.models.weights import check_names, not_allowed, read_tensors
 from llm2clip.settings import VisionSettings
 
@@ -21,7 +21,7 @@ from llm2clip.settings import VisionSettings
 _HEAD_WIDTH = 64
 _ROPE = re.compile(r"(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)")
 # a whole CLIP model has more than its tower
-_NOT_THE_TOWER = ("text.*", "visual.head.*", "head.*", "logit_scale")
+_NOT_THE_TOWER = ("text.*", "logit_scale")
 
 
 def read_eva02(
@@ -99,15 +99,18 @@ def build_eva02(settings: VisionSettings) -> tuple[EVA02, Preprocessing]:
     Raises:
         ModelError: neither is given, the name is unknown, or the weights do not fit.
     """
-    if settings.path and settings.pretrained:
-        weights, found = read_eva02(_tower_of_file(settings.path), settings.path)
+    if settings.pretrained:
+        if not settings.path:
+            raise ModelError(no_weights("eva02"))
+        inside, projection = _tower_of_file(settings.path)
+        weights, found = read_eva02(inside, settings.path)
         tower = eva02_at_size(weights, found, settings.image_size)
-        preprocessing = read_preprocessor(settings.path, tower.image_size).at_size(tower.image_size)
-        return tower, preprocessing
+        tower.pretrained_projection = projection
+        return tower, read_preprocessor(settings.path, tower.image_size).at_size(tower.image_size)
     if settings.name not in ARCHITECTURES:
         raise ModelError(
-            "vision.kind eva02 needs vision.path (a file of weights) or, for random weights, vision.name: "
-            f"{', '.join(ARCHITECTURES)}; got {settings.name!r}"
+            f"vision.kind eva02 with random weights needs vision.name: {', '.join(ARCHITECTURES)}; got "
+            f"{settings.name!r}"
         )
     sizes = ARCHITECTURES[settings.name]
     if settings.image_size:
@@ -115,23 +118,15 @@ def build_eva02(settings: VisionSettings) -> tuple[EVA02, Preprocessing]:
     return EVA02(sizes), Preprocessing(sizes.image_size)
 
 
-def eva02_from_config(config: Mapping[str, Any], image_size: int) -> EVA02:
-    """The tower that `VisionTower.to_config` describes, with random weights."""
-    return EVA02(EVA02Config(**config["config"]))
-
-
-def _tower_of_file(path: str) -> dict[str, Tensor]:
+def _tower_of_file(path: str) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor | None] | None]:
+    """The tower's weights without `visual.`, and the projection behind it."""
     tensors = read_tensors(path)
     prefix = "visual." if any(name.startswith("visual.") for name in tensors) else ""
-    inside = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and not_allowed([name], _NOT_THE_TOWER)
-    }
-    strange = not_allowed([name for name in tensors if not name.startswith(prefix)], _NOT_THE_TOWER)
-    if strange:
+    inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if strange := not_allowed(sorted(tensors.keys() - {prefix + name for name in inside}), _NOT_THE_TOWER):
         raise ModelError(
             f"{path}: {len(strange)} weights belong neither to the tower nor to the rest of a CLIP model: "
-            f"{', '.join(sorted(strange)[:10])}"
+            f"{', '.join(strange[:10])}"
         )
-    return inside
+    weight, bias = inside.pop("head.weight", None), inside.pop("head.bias", None)
+    return inside, None if weight is None else (weight.float(), None if bias is None else bias.float())

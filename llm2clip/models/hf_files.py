@@ -85,8 +85,8 @@ def load_hf_vision(
         raise ModelError(f"the checkpoint in {place} has no pooler weights; use vision.pooling cls or mean")
     # classification checkpoints have no pooler; a random one would destroy the feature
     trunk = HFVision(at_size(model, size), size, "cls" if poolerless and pooling == "auto" else pooling)
-    if trunk.pooling == "pooler":
-        trunk.pretrained_projection = one_tensor(place, "visual_projection.weight")
+    if trunk.pooling == "pooler" and (weight := one_tensor(place, "visual_projection.weight")) is not None:
+        trunk.pretrained_projection = weight, one_tensor(place, "visual_projection.bias")
     return trunk
 
 

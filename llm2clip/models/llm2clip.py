@@ -361,15 +361,18 @@ def _projection(vision: VisionTower, settings: ModelSettings) -> nn.Module:
     return layer
 
 
-def _begin(layer: nn.Linear, width: int, pretrained: Tensor | None = None) -> None:
-    """A checkpoint's own projection where it has the right shape, else one that keeps unit variance."""
+def _begin(layer: nn.Linear, width: int, pretrained: tuple[Tensor, Tensor | None] | None = None) -> None:
+    """A checkpoint's own projection where it is such a layer, else one that keeps unit variance."""
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    weight, bias = pretrained or (None, None)
+    if weight is None or weight.shape != layer.weight.shape or (bias is not None and layer.bias is None):
+        return
     with torch.no_grad():
-        if pretrained is not None and pretrained.shape == layer.weight.shape:
-            layer.weight.copy_(pretrained)
-        else:
-            nn.init.normal_(layer.weight, std=width**-0.5)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from llm2clip.models.open_clip_names import CONFIG, WEIGHTS, from_preprocess
 from llm2clip.models.positions import resized_state
 from llm2clip.models.preprocessing import Preprocessing
 from llm2clip.models.timm_vision import set_input_size, timm_groups
-from llm2clip.models.trunk import VisionTrunk, freeze_unused
+from llm2clip.models.trunk import VisionTrunk, freeze_unused, no_weights
 from llm2clip.models.weights import check_names, read_tensors
 from llm2clip.settings import VisionSettings
 
@@ -51,7 +51,7 @@ class OpenClipVision(VisionTrunk):
         super().__init__()
         self.settings = copy.deepcopy(config)
         self.image_size = image_size
-        self.visual, self.pretrained_projection = _tower(config, image_size)
+        self.visual = _tower(config, image_size)
         self.dim = self._probe()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class OpenClipVision(VisionTrunk):
             super().set_patch_dropout(rate)
         config["vision_cfg"]["patch_dropout"] = rate
         try:
-            visual, _ = _tower(config, self.image_size)
+            visual = _tower(config, self.image_size)
         except TypeError:
             super().set_patch_dropout(rate)
             return
@@ -120,7 +120,7 @@ class OpenClipVision(VisionTrunk):
             device = next(visual.parameters()).device
             return visual(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
 
-        return freeze_unused(self.visual, lambda: _tower(self.settings, self.image_size)[0], feature_of)
+        return freeze_unused(self.visual, lambda: _tower(self.settings, self.image_size), feature_of)
 
 
 def build_open_clip(settings: VisionSettings) -> tuple[OpenClipVision, Preprocessing]:
@@ -153,32 +153,27 @@ def build_open_clip(settings: VisionSettings) -> tuple[OpenClipVision, Preproces
     }
     native = config["vision_cfg"].get("image_size", 224)
     trunk = OpenClipVision(config, int(native[0] if isinstance(native, (list, tuple)) else native))
-    if folder is not None and settings.pretrained:
+    if settings.pretrained:
+        if folder is None:
+            raise ModelError(no_weights("open_clip"))
         _load(trunk, folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder)
     trunk = trunk.resized(settings.image_size or trunk.image_size)
     return trunk, from_preprocess(preprocess, trunk.image_size)
 
 
-def _tower(config: dict[str, Any], image_size: int) -> tuple[Any, Tensor | None]:
-    """The image side of an open_clip model without its projection, and that projection (D, dim)."""
+def _tower(config: dict[str, Any], image_size: int) -> Any:
+    """The image side of an open_clip model without its projection."""
     open_clip = require_open_clip()
     values = {**config["vision_cfg"], "image_size": image_size}
     model = open_clip.model.CustomTextCLIP(
         config["embed_dim"], values, dict(_NO_TEXT), quick_gelu=config["quick_gelu"]
     )
-    return _without_projection(model.visual)
-
-
-def _without_projection(visual: Any) -> tuple[Any, Tensor | None]:
-    projection = getattr(visual, "proj", None)
-    if isinstance(projection, Tensor):
+    visual = model.visual
+    if isinstance(getattr(visual, "proj", None), Tensor):
         visual.proj = None
-        return visual, projection.detach().t().clone()
     if hasattr(visual, "trunk") and hasattr(getattr(visual, "head", None), "proj"):
-        layer = visual.head.proj
         visual.head = nn.Identity()
-        return visual, layer.weight.detach().clone()
-    return visual, None
+    return visual
 
 
 def _load(trunk: OpenClipVision, path: Path) -> None:
@@ -187,8 +182,10 @@ def _load(trunk: OpenClipVision, path: Path) -> None:
     if not tensors:
         raise ModelError(f"{path} has no image side (names that begin with {start})")
     projection = tensors.pop("proj", None)
-    weight = tensors.pop("head.proj.weight", None)
-    tensors.pop("head.proj.bias", None)
+    weight, bias = tensors.pop("head.proj.weight", None), tensors.pop("head.proj.bias", None)
     check_names(trunk.visual.state_dict(), tensors, str(path))
     trunk.visual.load_state_dict(tensors)
-    trunk.pretrained_projection = projection.t().clone() if projection is not None else weight
+    if projection is not None:
+        trunk.pretrained_projection = projection.t().clone(), None
+    elif weight is not None:
+        trunk.pretrained_projection = weight, bias

@@ -12,7 +12,7 @@ from llm2clip.errors import ModelError
 from llm2clip.files import read_json
 from llm2clip.models.layers import LayerGroup
 from llm2clip.models.preprocessing import Preprocessing, triple
-from llm2clip.models.trunk import VisionTrunk, freeze_unused
+from llm2clip.models.trunk import VisionTrunk, freeze_unused, no_weights
 from llm2clip.models.weights import check_names, read_tensors
 from llm2clip.settings import Fit, Interpolation, VisionSettings
 
@@ -136,7 +136,9 @@ def build_timm(settings: VisionSettings) -> tuple[TimmVision, Preprocessing]:
     values = {**timm.get_pretrained_cfg(name).to_dict(), **values}
     native = int(values["input_size"][-1])
     trunk = TimmVision(name, native, options)
-    if settings.path and settings.pretrained:
+    if settings.pretrained:
+        if not settings.path:
+            raise ModelError(no_weights("timm"))
         _load(trunk, settings.path, values.get("classifier"))
     trunk = trunk.resized(settings.image_size or native)
     return trunk, _preprocessing(values, native).at_size(trunk.image_size)

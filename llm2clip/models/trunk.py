@@ -21,14 +21,15 @@ class VisionTrunk(nn.Module):
         dim: width of the feature.
         image_size: side S of the square input in pixels.
         patch_dropout: share of the patches left out in training.
-        pretrained_projection: the projection (D, dim) behind the feature in the checkpoint it came from, if any.
+        pretrained_projection: weight (D, dim) and bias (D) of the projection that its checkpoint has behind the
+            feature, if any.
     """
 
     kind: str
     dim: int
     image_size: int
     patch_dropout: float = 0.0
-    pretrained_projection: Tensor | None = None
+    pretrained_projection: tuple[Tensor, Tensor | None] | None = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) -> features (B, dim)."""
@@ -88,6 +89,14 @@ class VisionTrunk(nn.Module):
         """
         check_names(self.state_dict(), state, source)
         self.load_state_dict(state)
+
+
+def no_weights(kind: str) -> str:
+    """What to say where pretrained weights are asked for and none are given."""
+    return (
+        f"vision.kind {kind} with vision.pretrained needs vision.path, the weights, for nothing is downloaded; "
+        "vision.pretrained=false begins with random ones"
+    )
 
 
 def freeze_unused(
