@@ -29,7 +29,7 @@ from llm2clip.models.packed import make_packs
 from llm2clip.models.tokens import Tokens
 from llm2clip.settings import LoraSettings
 from llm2clip.training import gradient_cache
-from llm2clip.training.llm_task import CaptionPairEmbedder, PairTokens
+from llm2clip.training.llm_task import PairEmbedder, PairTokens
 
 PROVIDERS = ("peft_padded", "peft_packed", "packed", "packed_cached")
 SCALE = 20.0
@@ -38,7 +38,7 @@ LOSS_LIMIT = {"fp32": 1e-3, "bf16": 5e-2}
 
 def loss(outputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Symmetric InfoNCE in plain torch, the same for all."""
-    short, long = (F.normalize(outputs[name], dim=-1) for name in ("short", "long"))
+    short, long = (F.normalize(outputs[name], dim=-1) for name in ("query", "positive"))
     logits, target = SCALE * short @ long.T, torch.arange(len(short))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, {}
 
@@ -56,7 +56,7 @@ class Trainer:
         fused: Any = "off" if name.startswith("peft") else "auto"
         self.encoder.add_lora(LoraSettings(rank=16, alpha=32.0, dropout=0.0, fused=fused))
         self.encoder.train()
-        self.module = CaptionPairEmbedder(self.encoder)
+        self.module = PairEmbedder(self.encoder)
         self.optimizer = torch.optim.AdamW([p for p in self.encoder.parameters() if p.requires_grad], lr=1e-4)
 
     def step(self, texts: Sequence[tuple[str, str]]) -> float:
@@ -67,7 +67,7 @@ class Trainer:
         autocast = bf16 if self.options.dtype == "bf16" else nullcontext
         if self.name == "peft_padded":
             with autocast():
-                embeddings = {"short": self._padded(short), "long": self._padded(long)}
+                embeddings = {"query": self._padded(short), "positive": self._padded(long)}
             value, _ = loss(embeddings)
             value.backward()
         else:
@@ -93,7 +93,8 @@ class Trainer:
             order = [part.tolist() for part in make_packs(lengths, self.options.budget)]
             self.module.token_budget = self.options.budget
             # the loss sees pairs in chunk order, and is the same in every order
-        return [PairTokens([short[i] for i in part], [long[i] for i in part]) for part in order]
+        keys = torch.zeros(len(short), 3, dtype=torch.int64)  # which this loss does not look at
+        return [PairTokens([short[i] for i in part], [long[i] for i in part], keys[part]) for part in order]
 
 
 def memory_setup(name: str, options: argparse.Namespace, texts: list[tuple[str, str]]) -> Callable[[], float]:

@@ -63,9 +63,7 @@ def encoder(model: Path | None, folder: Path, **options: Any) -> tuple[CaptionEn
         name = "SmolLM2-135M-Instruct.Q4_1.gguf"
         converted = convert_gguf(Path(spec.origin).parent, name, folder / "smollm2")
         return CaptionEncoder.from_pretrained(converted, **options), "SmolLM2-135M"
-    return CaptionEncoder(
-        _random_llama(), _word_tokenizer(), **options
-    ).eval(), "random, SmolLM2-135M's shape"
+    return CaptionEncoder(_random_llama(), word_tokenizer(), **options).eval(), "random, SmolLM2-135M's shape"
 
 
 def _random_llama() -> Any:
@@ -85,7 +83,8 @@ def _random_llama() -> Any:
     return AutoModel.from_config(config).requires_grad_(False)
 
 
-def _word_tokenizer() -> Any:
+def word_tokenizer() -> Any:
+    """A tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -60,7 +60,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_configured(
-        commands, "finetune-llm", "LLM stage: caption contrastive fine-tuning with LoRA", _finetune_llm
+        commands, "finetune-llm", "LLM stage: LoRA on caption pairs, or MNTP before it", _finetune_llm
     )
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
     _add_configured(

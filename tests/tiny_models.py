@@ -39,13 +39,16 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
 
 
-def tiny_model(family: str, *, attn: str | None = None, seed: int = 0, **changes: Any) -> Any:
-    """A tiny decoder with random weights, large enough that attention is not uniform."""
-    from transformers import AutoModel
+def tiny_model(
+    family: str, *, attn: str | None = None, seed: int = 0, head: bool = False, **changes: Any
+) -> Any:
+    """A tiny decoder with random weights, large enough that attention is not uniform; `head`: a causal LM."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     extra = {} if attn is None else {"attn_implementation": attn}
-    model = AutoModel.from_config(tiny_config(family, **changes), **extra)
+    kind = AutoModelForCausalLM if head else AutoModel
+    model = kind.from_config(tiny_config(family, **changes), **extra)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

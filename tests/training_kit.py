@@ -70,6 +70,7 @@ class ToyTask:
 
     title = "toy"
     token_budget = 0
+    additive, sharded = False, False
 
     def __init__(
         self, run: RunSettings, hooks: Hooks | None = None, *, width: int = 6, size: int = 20

@@ -17,7 +17,7 @@ from benchmarks.proof.layout import ROOT
 from benchmarks.proof.sections import Context
 
 # suites that have a section of their own, or that measure the host alone
-_NOT_SIBLINGS = {"bench_similarity", "bench_host", "bench_embed", "bench_llm_step"}
+_NOT_SIBLINGS = {"bench_similarity", "bench_host", "bench_embed", "bench_llm_step", "bench_gradient_cache"}
 # what they measure on a GPU where that is not their default
 _LARGE = ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]
 _GPU_ARGUMENTS = {

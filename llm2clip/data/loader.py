@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data.order import EpochOrder, batch_indices
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import EpochOrder, SourceBatches, batch_indices
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.errors import BadSampleError, DataError
@@ -97,6 +98,7 @@ class Loader:
         shuffle: False keeps the source's order.
         shuffle_window: shards per shuffling window.
         text_only: read captions without images.
+        one_source: every batch comes from one source of a mixture (`order.SourceBatches`).
 
     Raises:
         DataError: the source is smaller than one batch, or an argument is out of range.
@@ -122,6 +124,7 @@ class Loader:
         shuffle: bool = True,
         shuffle_window: int = 16,
         text_only: bool = False,
+        one_source: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank must be in [0, {world_size}), got {rank}")
@@ -140,7 +143,11 @@ class Loader:
             )
         if piece < 0 or (piece > 0) != (join is not None) or (piece and collate is None):
             raise DataError("pieces of a batch need `collate`, `join`, and a size above 0")
-        self.order = EpochOrder(source, seed, shuffle, shuffle_window)
+        self.order = (
+            SourceBatches(source, batch_size, seed, shuffle, shuffle_window)
+            if one_source and isinstance(source, Mixture)
+            else EpochOrder(source, seed, shuffle, shuffle_window)
+        )
         self.steps_per_epoch = len(self.order) // batch_size
         self.bad = BadSamples()
         self._source, self._batch_size, self._workers = source, batch_size, workers

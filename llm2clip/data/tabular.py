@@ -166,7 +166,11 @@ class JsonlSource(_Table):
         with open(self._paths[file], "rb") as handle:
             handle.seek(start)
             line = handle.read(stop - start)
-        return file, key, parse_json_record(key, line)
+        return file, key, self._parse(key, line)
+
+    def _parse(self, key: str, line: bytes) -> Mapping[str, Any]:
+        """One line as a row; raises BadSampleError."""
+        return parse_json_record(key, line)
 
 
 def _line_starts(path: Path) -> np.ndarray[Any, Any]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, read_json
+from llm2clip.models.quantization import quantized_loading
+from llm2clip.settings import Quantization
 
 ENCODER_CONFIG = "llm2clip_config.json"
 """Our file beside a model or adapter: how it was trained to be used, and for adapters the base's hash."""
@@ -18,13 +20,22 @@ ENCODER_CONFIG = "llm2clip_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_llm(
+    path: str | os.PathLike[str],
+    gguf_file: str | None,
+    dtype: torch.dtype,
+    *,
+    quantization: Quantization = "none",
+    device: str | torch.device = "cpu",
+) -> tuple[Any, Any]:
     """Load base model (no language-model head) and tokenizer from a local directory.
 
     Args:
         path: directory with config.json, weights and tokenizer, or the folder of a GGUF file.
         gguf_file: name of the GGUF file in `path`; its weights are dequantised to `dtype`.
         dtype: dtype of the weights.
+        quantization: whether linear layers are loaded in 8 or 4 bits; then the model is on `device`.
+        device: read for a quantised model, others are on the CPU.
 
     Returns:
         (model, tokenizer): transformers objects; the model in eval mode, all weights frozen.
@@ -40,9 +51,12 @@ def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.d
     if gguf_file is not None:
         source["gguf_file"] = gguf_file
     where = folder / gguf_file if gguf_file else folder
+    quantized = quantized_loading(quantization, dtype, device, gguf_file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-        model, report = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **source)
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **source, **quantized
+        )
     except Exception as error:  # transformers, safetensors and gguf raise a dozen unrelated types here
         raise ModelError(
             f"cannot load an LLM from {where}: {type(error).__name__}: {_first_lines(error)}. Expected a "
@@ -62,7 +76,8 @@ def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.d
     model = getattr(model, "language_model", model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{where} is an encoder-decoder ({type(model).__name__}); a decoder LLM is needed")
-    _forget_quantization(model)
+    if not quantized:
+        _forget_quantization(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The stream of batches that both tasks train on: this rank's share, from an exact position on."""
+"""The stream of batches that all tasks train on: this rank's share, from an exact position on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from llm2clip.data.loader import Collate, Join, Loader, Position, Transform
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import SourceBatches
 from llm2clip.data.sources import Source
 from llm2clip.settings import DataSettings, RunSettings
 from llm2clip.training.world import World
@@ -30,6 +32,7 @@ def rank_batches(
     collate: Collate | None = None,
     join: Join | None = None,
     text_only: bool = False,
+    one_source: bool = False,
 ) -> Iterator[tuple[Position, Any]]:
     """Endless `(position after the batch, transformed samples of this rank)`.
 
@@ -42,6 +45,7 @@ def rank_batches(
         start: (epoch, batch) to go on from.
         collate, join: make the batch of pieces that the workers joined; without them it is the list of samples.
         text_only: read captions without images.
+        one_source: every batch comes from one source of a mixture.
 
     Raises:
         DataError: the source is smaller than one batch, or too many samples cannot be used.
@@ -63,8 +67,16 @@ def rank_batches(
         max_bad_share=data.max_bad_share,
         shuffle_window=data.shuffle_shards,
         text_only=text_only,
+        one_source=one_source,
     )
     return iter(loader)
+
+
+def epoch_samples(source: Source, run: RunSettings, *, one_source: bool = False) -> int:
+    """Samples of one epoch of `rank_batches`, over all ranks."""
+    if one_source and isinstance(source, Mixture):
+        return len(SourceBatches(source, run.batch_size))
+    return len(source)
 
 
 def _workers(wanted: int | None, world: World) -> int:

@@ -42,6 +42,7 @@ class ClipTask:
 
     title = "training CLIP"
     token_budget = 0
+    additive, sharded = False, False
 
     def __init__(self, settings: TrainSettings, world: World) -> None:
         if not settings.data.train:

@@ -4,6 +4,8 @@ Gradient cache (Gao et al. 2021, arXiv 2101.06983): embed every chunk without a 
 all embeddings at once and its gradients on them, then embed each chunk again with a graph and feed it the
 cached gradients. The result equals one big batch; memory is that of one chunk. Both forwards of a chunk run
 under the same random state, so dropout agrees. (Batch normalisation that still learns would see chunks.)
+
+A loss that is a sum over chunks needs none of this: `accumulate`.
 """
 
 from __future__ import annotations
@@ -125,6 +127,41 @@ def backward(
             if roots:
                 torch.autograd.backward(roots, gradients)
     return value.detach(), metrics
+
+
+def accumulate(
+    module: nn.Module,
+    chunks: Sequence[Any],
+    loss: LossFunction,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    always_cache: bool = False,
+    passes: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `backward`, for a loss that is the sum of the chunks' own: each is done with at once, in one forward.
+
+    Args:
+        loss: maps the outputs of one chunk to its share of the loss of the batch; its metrics are added up.
+        module, chunks, device, autocast, passes, scaler: as in `backward`.
+        always_cache: without meaning here.
+    """
+    if not chunks:
+        raise ValueError("gradient accumulation: the batch has no chunk")
+    scaled = scaler.scale if scaler is not None else _unchanged
+    own, count = len(chunks), max(len(chunks), passes)
+    total, sums = torch.zeros((), device=device), dict[str, Tensor]()
+    for index in range(count):
+        with exchange_gradients(module, index == count - 1):
+            with autocast():
+                outputs = module(chunks[min(index, own - 1)])
+            value, metrics = loss(outputs)
+            scaled(value if index < own else 0.0 * value).backward()
+        if index < own:
+            total = total + value.detach()
+            sums = {name: metric + sums.get(name, 0.0) for name, metric in metrics.items()}
+    return total, sums
 
 
 def _join(parts: list[Tensor]) -> Tensor:

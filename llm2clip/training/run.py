@@ -21,9 +21,11 @@ def finetune_llm(settings: FinetuneLLMSettings) -> Path:
         print(f"already finished: {result}", file=sys.stderr)
         return result
     from llm2clip.training.llm_task import LLMTask
+    from llm2clip.training.mntp_task import MNTPTask
 
     with _ranks(settings.run) as world:
-        return _report(train(LLMTask(settings, world), settings.run, settings.optim, world), world)
+        task = (MNTPTask if settings.objective == "mntp" else LLMTask)(settings, world)
+        return _report(train(task, settings.run, settings.optim, world), world)
 
 
 def train_clip(settings: TrainSettings) -> Path:

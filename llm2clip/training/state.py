@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2clip.errors import TrainingError
 from llm2clip.settings import OptimSettings, RunSettings
-from llm2clip.training import checkpoint, flops, gradient_cache, optim, parallel, precision
+from llm2clip.training import checkpoint, flops, gradient_cache, optim, parallel, precision, sharding
 from llm2clip.training.ema import WeightAverage
 from llm2clip.training.task import Task
 from llm2clip.training.world import World
@@ -44,10 +44,10 @@ class TrainState:
         self._task, self._run, self._settings, self._world = task, run, settings, world
         self._out = Path(run.out)
         optim.freeze(task.groups(), settings.freeze)
-        self._sharded = run.parallel == "fsdp" and world.size > 1
+        self._sharded = run.parallel == "fsdp" and world.size > 1 and not task.sharded
         # what the main rank evaluates and exports with: a sharded module needs all ranks in every forward
         self._plain = copy.deepcopy(task.module).cpu() if self._sharded and world.is_main else None
-        self.module = parallel.spread(task.module, world, run.parallel)
+        self.module = task.module if task.sharded else parallel.spread(task.module, world, run.parallel)
         self.optimizer = optim.build_optimizer(task.groups(), settings)
         self.autocast = precision.autocast_of(run.precision, world.device)
         self._scaler = precision.scaler_of(run.precision, world.device)
@@ -63,25 +63,31 @@ class TrainState:
 
     def count_flops(self, samples: Sequence[Any]) -> float:
         """FLOPs of one sample (flops.flops_per_sample), from the first few; 0 where they are not to be counted."""
-        if self._run.peak_tflops == 0:
-            return 0.0
-        # one chunk: ranks of a sharded module must make equally many forwards
+        if self._run.peak_tflops == 0 or self._task.sharded:
+            return 0.0  # ranks of a sharded task may cut these few samples into different numbers of forwards
+        # one chunk: ranks of a sharded module must make equally many
         chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)[:1]
         return flops.flops_per_sample(self._task.module, chunks, self._world.device, self.autocast)
 
     def backward(self, chunks: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Gradients of one batch over all ranks, clipped; the loss, its metrics, and the norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = gradient_cache.backward(
+        method = gradient_cache.accumulate if self._task.additive else gradient_cache.backward
+        sharded = self._sharded or self._task.sharded
+        loss, metrics = method(
             self.module,
             chunks,
             self._task.loss,
             self._world.device,
             self.autocast,
             always_cache=self._always_cache,
-            passes=self._world.max(len(chunks)) if self._sharded and self._always_cache else 0,
+            passes=self._world.max(len(chunks)) if sharded and self._always_cache else 0,
             scaler=self._scaler,
         )
+        if self._task.additive:
+            loss = self._world.mean(loss)
+        if self._task.sharded:
+            sharding.average_gradients(self.optimizer, self._world)
         parallel.average_scalars(self.module, self._world)
         parallel.unscale(self.module, self.optimizer, self._scaler)
         return loss, metrics, optim.clip_gradients(self.optimizer, self._settings.grad_clip)

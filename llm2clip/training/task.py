@@ -21,10 +21,15 @@ class Task(Protocol):
         module: maps a chunk to named outputs (gradient_cache.backward); moved to the device by the task.
         samples: training samples of one epoch.
         token_budget: tokens of a chunk; 0: `run.micro_batch` cuts the batch by samples.
+        additive: the loss of a batch is the sum of its chunks' losses, so no gradient cache is needed.
+        sharded: the task has spread its module over the ranks itself (training.sharding): every forward needs all of
+            them, and what is trained is whole on each.
     """
 
     title: str
     token_budget: int
+    additive: bool
+    sharded: bool
     settings: Any
     module: nn.Module
     samples: int

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llm2clip.errors import ConfigError
 
@@ -44,6 +45,22 @@ class World:
         largest = torch.tensor(value)  # on the CPU, where asking for it does not wait for the GPU
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
+
+    def sum(self, value: int) -> int:
+        """The sum of `value` over all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value)
+        dist.all_reduce(total)
+        return int(total.item())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
 
 def resolve_device(name: str) -> torch.device:

@@ -43,7 +43,8 @@ class HardNegativeNLLLoss:
             0-dim loss.
         """
         gather = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if d_reps_neg is not None and d_reps_neg.shape[0] == 0:
+        # over ranks, one without hard negatives still takes part in gathering the others'
+        if d_reps_neg is not None and d_reps_neg.shape[0] == 0 and not gather:
             d_reps_neg = None
         is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
         if not is_cosine:
