@@ -3,6 +3,7 @@
 run/config.yaml      the resolved settings
 run/metrics.jsonl    training.metrics
 run/checkpoints/     training.checkpoint
+run/failures/        training.failures: why ranks ended
 run/result/          what users load; the file DONE in it says that it is complete
 """
 

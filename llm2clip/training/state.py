@@ -63,9 +63,9 @@ class TrainState:
 
     def count_flops(self, samples: Sequence[Any]) -> float:
         """FLOPs of one sample (flops.flops_per_sample), from the first few; 0 where they are not to be counted."""
-        if self._run.peak_tflops == 0:
-            return 0.0
-        # one chunk: ranks of a sharded module must make equally many forwards
+        if self._run.peak_tflops == 0 or self._task.sharded:
+            return 0.0  # ranks of a sharded task may cut these few samples into different numbers of forwards
+        # one chunk: ranks of a sharded module must make equally many
         chunks = self._task.chunks(samples[:_COUNTED], self._run.micro_batch)[:1]
         return flops.flops_per_sample(self._task.module, chunks, self._world.device, self.autocast)
 
