@@ -114,12 +114,19 @@ LLM2CLIP_INLINE float* room(std::vector<float>& buffer, int64_t count) {
   return buffer.data();
 }
 
-// (count, width) rows `stride` apart -> rows of `padded` floats, zeros at the end
+// to = from · factor, `width` floats; library calls for rows this short take longer than their copies
+LLM2CLIP_INLINE void copy_row(const float* from, int64_t width, float factor, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d) * factor);
+  for (; d < width; ++d) to[d] = from[d] * factor;
+}
+
+// (count, width) rows `stride` apart, times `factor` -> rows of `padded` floats, zeros at the end
 LLM2CLIP_INLINE void copy_rows(const float* from, int64_t stride, int64_t count, int64_t width, int64_t padded,
-                               float* to) {
+                               float factor, float* to) {
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(to + i * padded, from + i * stride, width * sizeof(float));
-    std::memset(to + i * padded + width, 0, (padded - width) * sizeof(float));
+    copy_row(from + i * stride, width, factor, to + i * padded);
+    for (int64_t d = width; d < padded; ++d) to[i * padded + d] = 0.0f;
   }
 }
 
@@ -181,8 +188,7 @@ template <int64_t Rows>
 LLM2CLIP_INLINE void weights_of(const Problem& p, const Block& b, int64_t length, const float* q, const float* keys_t,
                                 int64_t padded, float* scaled, float* weights, float* inverse) {
   const int64_t stride = p.query_heads * p.width, wide = rounded_up(p.width);
-  copy_rows(q + b.start * stride, stride, b.rows(), p.width, wide, scaled);
-  multiply_row(scaled, b.rows() * wide, p.scale);
+  copy_rows(q + b.start * stride, stride, b.rows(), p.width, wide, p.scale, scaled);
   product<Rows, false>({scaled, wide, 1}, b.rows(), p.width, keys_t + b.low, padded, b.columns(), weights, b.columns());
   for (int64_t i = b.start; i < b.stop; ++i) {
     const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(0, i - p.window);
@@ -203,7 +209,7 @@ LLM2CLIP_INLINE void forward_task(const Problem& p, int64_t sequence, int64_t he
   float* keys_t = room(s.keys_t, p.width * (padded));
   float* values = room(s.values, length * wide);
   transpose_rows(k, key_stride, length, p.width, padded, keys_t);
-  copy_rows(v, key_stride, length, p.width, wide, values);
+  copy_rows(v, key_stride, length, p.width, wide, 1.0f, values);
   float* weights = room(s.logits, kRows * padded);
   float* scaled = room(s.rows_q, kRows * wide);
   float* result = room(s.result, kRows * wide);
@@ -216,8 +222,7 @@ LLM2CLIP_INLINE void forward_task(const Problem& p, int64_t sequence, int64_t he
       product<Rows, false>({weights, b.columns(), 1}, b.rows(), b.high - b.low, values + b.low * wide, wide, wide, result,
                      wide);
       for (int64_t i = 0; i < b.rows(); ++i) {
-        multiply_row(result + i * wide, wide, inverse[i]);
-        std::memcpy(p.out + offset + (b.start + i) * query_stride, result + i * wide, p.width * sizeof(float));
+        copy_row(result + i * wide, p.width, inverse[i], p.out + offset + (b.start + i) * query_stride);
       }
     }
   }
@@ -245,7 +250,7 @@ LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t h
   float* keys = room(s.keys, length * wide);
   transpose_rows(p.k + key_offset, key_stride, length, p.width, padded, keys_t);
   transpose_rows(p.v + key_offset, key_stride, length, p.width, padded, values_t);
-  copy_rows(p.k + key_offset, key_stride, length, p.width, wide, keys);
+  copy_rows(p.k + key_offset, key_stride, length, p.width, wide, 1.0f, keys);
   float* sum_k = room(s.sum_k, length * wide);
   float* sum_v = room(s.sum_v, length * wide);
   std::fill(sum_k, sum_k + length * wide, 0.0f);
@@ -265,7 +270,7 @@ LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t h
       for (int64_t i = 0; i < rows; ++i) multiply_row(weights + i * columns, columns, inverse[i]);
       const float* grad = p.grad + offset + b.start * query_stride;
       if (p.dv != nullptr) {
-        copy_rows(grad, query_stride, rows, p.width, wide, rows_g);
+        copy_rows(grad, query_stride, rows, p.width, wide, 1.0f, rows_g);
         product<Rows, true>({weights, 1, columns}, reach, rows, rows_g, wide, wide, sum_v + b.low * wide, wide);
       }
       if (p.dq == nullptr && p.dk == nullptr) continue;
@@ -276,8 +281,7 @@ LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t h
       if (p.dq != nullptr) {
         product<Rows, false>({inner, columns, 1}, rows, reach, keys + b.low * wide, wide, wide, result, wide);
         for (int64_t i = 0; i < rows; ++i) {
-          multiply_row(result + i * wide, wide, p.scale);
-          std::memcpy(p.dq + offset + (b.start + i) * query_stride, result + i * wide, p.width * sizeof(float));
+          copy_row(result + i * wide, p.width, p.scale, p.dq + offset + (b.start + i) * query_stride);
         }
       }
       if (p.dk != nullptr) {
@@ -288,8 +292,8 @@ LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t h
   }
   for (int64_t i = 0; i < length; ++i) {
     const int64_t at = key_offset + i * key_stride;
-    if (p.dk != nullptr) std::memcpy(p.dk + at, sum_k + i * wide, p.width * sizeof(float));
-    if (p.dv != nullptr) std::memcpy(p.dv + at, sum_v + i * wide, p.width * sizeof(float));
+    if (p.dk != nullptr) copy_row(sum_k + i * wide, p.width, 1.0f, p.dk + at);
+    if (p.dv != nullptr) copy_row(sum_v + i * wide, p.width, 1.0f, p.dv + at);
   }
 }
 
