@@ -115,7 +115,7 @@ class Plain:
         self.model, self.optimizer = written(settings)
         self.settings = settings
         self.loss, self.name = open_clip_loss()
-        self.autocast = autocast_of(settings.run.precision, world().device)
+        self.autocast = autocast_of(settings.run.precision, world().device, self.model)
 
     def step(self, number: int, batch: ImageTexts) -> float:
         """One step on a batch; returns its loss."""

@@ -79,7 +79,8 @@ class RunSettings:
     precision: Literal["fp32", "bf16", "fp16", "auto"] = setting(
         "fp32",
         "bf16 and fp16 run the forward under autocast, fp16 with a scaled loss; weights and loss stay fp32; "
-        "auto: bf16 where the processor multiplies it faster (CUDA GPUs, CPUs with AMX), else fp32",
+        "auto: bf16 where it is faster (CUDA GPUs; CPUs with AMX; CPUs with AVX-512 BF16 unless the model trains "
+        "depthwise convolutions), else fp32",
     )
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", "several ranks: each holds all weights (`ddp`), or its shard of them (`fsdp`, torch's FSDP2)"

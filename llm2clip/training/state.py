@@ -49,7 +49,7 @@ class TrainState:
         self._plain = copy.deepcopy(task.module).cpu() if self._sharded and world.is_main else None
         self.module = task.module if task.sharded else parallel.spread(task.module, world, run.parallel)
         self.optimizer = optim.build_optimizer(task.groups(), settings)
-        self.autocast = precision.autocast_of(run.precision, world.device)
+        self.autocast = precision.autocast_of(run.precision, world.device, self.module)
         self._scaler = precision.scaler_of(run.precision, world.device)
         self._average = WeightAverage(task.module, settings.ema) if settings.ema else None
         # a rank that lost samples may be left with one chunk where the others have several
