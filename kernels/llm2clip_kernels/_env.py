@@ -5,6 +5,7 @@
 | `LLM2CLIP_DISABLE_NATIVE` | `1` | do not load the native library; Triton and plain torch serve |
 | `LLM2CLIP_REQUIRE_NATIVE` | `1` | a native library that is missing or does not load is an error |
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
+| `LLM2CLIP_CPU_GEMM` | `auto`, `torch`, `avx2`, `avx512` | what multiplies the tiles on a CPU; `auto`: ours on AMD |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
 | `LLM2CLIP_SMALL_PAIRS` | integer, default 16384 | up to so many pairs, plain torch: launching a kernel costs more |
 | `LLM2CLIP_AUTOTUNE` | `1` | time the Triton configurations on first use, keep the fastest in the tuning file |
@@ -18,6 +19,7 @@ import os
 from pathlib import Path
 
 BACKENDS = ("auto", "native", "triton", "chunked")
+CPU_GEMMS = ("auto", "torch", "avx2", "avx512")
 
 
 def _flag(name: str) -> bool:
@@ -36,12 +38,21 @@ def triton_interpreted() -> bool:
     return _flag("TRITON_INTERPRET")
 
 
+def _one_of(variable: str, names: tuple[str, ...]) -> str:
+    name = os.environ.get(variable, "auto").lower() or "auto"
+    if name not in names:
+        raise ValueError(f"{variable} is {name!r}; expected one of {', '.join(names)}")
+    return name
+
+
 def forced_backend() -> str:
     """Returns the backend to use, "auto" for the usual choice. Raises ValueError for an unknown name."""
-    name = os.environ.get("LLM2CLIP_BACKEND", "auto").lower() or "auto"
-    if name not in BACKENDS:
-        raise ValueError(f"LLM2CLIP_BACKEND is {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name
+    return _one_of("LLM2CLIP_BACKEND", BACKENDS)
+
+
+def cpu_gemm() -> str:
+    """Returns what is to multiply tiles on the CPU, "auto" for the usual choice. Raises ValueError as above."""
+    return _one_of("LLM2CLIP_CPU_GEMM", CPU_GEMMS)
 
 
 def _whole_number(name: str, default: int, unit: str) -> int:
