@@ -4,8 +4,14 @@
 
 #if defined(__x86_64__)
 #define LLM2CLIP_AVX2 __attribute__((target("avx2,fma")))
+// whole vectors of 512 bits: each compiler has its own word for it, and ignores all of an attribute it does not know
+#if defined(__clang__)
+#define LLM2CLIP_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
 #define LLM2CLIP_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
 // writes variant(suffix, attribute) for every instruction set of this architecture
 #define LLM2CLIP_FOR_EACH_INSTRUCTION_SET(variant) \
   variant(default, ) variant(avx2, LLM2CLIP_AVX2) variant(avx512, LLM2CLIP_AVX512)

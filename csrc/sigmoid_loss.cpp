@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "gradients.h"
 #include "sigmoid_rows.h"
 #include "tiles.h"
 
@@ -81,20 +82,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x,
   const PairIds ids(x, y, x_groups, y_groups, diagonal);
   const Tiles tiles(x, y, tile);
   const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
-  Tensor dx = torch::stable::new_empty(x, {need_x ? tiles.rows : 0, x.size(1)}, ScalarType::Float);
-  Tensor dy = torch::stable::new_empty(y, {need_y ? tiles.cols : 0, y.size(1)}, ScalarType::Float);
-  // rows are shared by all workers of a stripe
-  const bool share_rows = need_x && tiles.workers > 1;
-  const std::vector<Tensor> row_parts = worker_buffers(x, share_rows ? tiles.workers : 0, tiles.height * x.size(1));
+  const Gradients gradients(x, y, tiles, need_x, need_y);
   std::vector<double> row_loss(tiles.workers * tiles.rows, 0.0);
   std::vector<double> scale_gradient(tiles.workers * tiles.blocks(), 0.0);
   std::vector<double> bias_gradient(tiles.workers * tiles.blocks(), 0.0);
   tiles.each(
       [&](const Tile& t) {
         const Tensor g = as_matrix(buffers[t.worker], t.m, t.n);
-        const Tensor x_rows = product_view(x, t.r, t.m);
-        const Tensor y_rows = product_view(y, t.c, t.n);
-        multiply(g, x_rows, torch::stable::transpose(y_rows, 0, 1), false);
+        multiply_tile(g, x, y, t);
         for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
           const int64_t place = t.worker * tiles.blocks() + b;
           SigmoidRows a{};
@@ -112,17 +107,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x,
           a.bias_gradient = need_bias ? &bias_gradient[place] : nullptr;
           sigmoid_kernel()(a);
         });
-        if (need_x) {
-          const Tensor to = share_rows ? as_matrix(row_parts[t.worker], t.m, x.size(1)) : product_view(dx, t.r, t.m);
-          multiply(to, g, y_rows, !t.first);
-        }
-        if (need_y) multiply(product_view(dy, t.c, t.n), torch::stable::transpose(g, 0, 1), x_rows, t.r > 0);
+        gradients.add(t, g);
       },
-      [&](int64_t r, int64_t m) {
-        if (share_rows) add_workers(product_view(dx, r, m), row_parts);
-      });
-  if (need_x) multiply_by(dx, scale);
-  if (need_y) multiply_by(dy, scale);
+      [&](int64_t r, int64_t m) { gradients.end_stripe(r, m); });
+  gradients.scale_by(scale);
   const Tensor loss = flat_floats(x, tiles.rows);
   for (int64_t i = 0; i < tiles.rows; ++i) {
     double sum = 0;
@@ -133,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x,
   const Tensor dbias = flat_floats(x, need_bias ? 1 : 0);
   if (need_scale) data(dscale)[0] = static_cast<float>(total(scale_gradient));
   if (need_bias) data(dbias)[0] = static_cast<float>(total(bias_gradient));
-  return {loss, dx, dy, dscale, dbias};
+  return {loss, gradients.dx, gradients.dy, dscale, dbias};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "distill_rows.h"
+#include "gradients.h"
 #include "shift.h"
 #include "similarity_rows.h"
 #include "tiles.h"
@@ -55,13 +56,8 @@ struct Matrices {
   }
 
   void multiply_tiles(const Tile& t) const {
-    product(student[t.worker], x, y, t);
-    if (!teacher.empty()) product(teacher[t.worker], p, q, t);
-  }
-
-  static void product(const Tensor& to, const Tensor& a, const Tensor& b, const Tile& t) {
-    multiply(as_matrix(to, t.m, t.n), product_view(a, t.r, t.m),
-             torch::stable::transpose(product_view(b, t.c, t.n), 0, 1), false);
+    multiply_tile(as_matrix(student[t.worker], t.m, t.n), x, y, t);
+    if (!teacher.empty()) multiply_tile(as_matrix(teacher[t.worker], t.m, t.n), p, q, t);
   }
 };
 
@@ -409,13 +405,8 @@ std::tuple<Tensor, Tensor, Tensor> distill_backward(
   const Factors student = student_factors(online);
   const Factors teacher = teacher_factors(online);
 
-  Tensor dx = torch::stable::new_empty(x, {need_x ? a.rows : 0, x.size(1)}, ScalarType::Float);
-  Tensor dy = torch::stable::new_empty(y, {need_y ? a.cols : 0, y.size(1)}, ScalarType::Float);
+  const Gradients gradients(x, y, a.tiles, need_x, need_y);
   Tensor dscale = flat_floats(x, need_scale ? 1 : 0);
-  // rows are shared by all workers of a stripe
-  const bool share_rows = need_x && a.tiles.workers > 1;
-  const std::vector<Tensor> row_parts =
-      worker_buffers(x, share_rows ? a.tiles.workers : 0, a.tiles.height * x.size(1));
   std::vector<double> partial(a.tiles.workers * a.tiles.blocks(), 0.0);
   a.tiles.each(
       [&](const Tile& t) {
@@ -427,26 +418,16 @@ std::tuple<Tensor, Tensor, Tensor> distill_backward(
                                   g_pos.numel() > 0 ? data(g_pos) + i : nullptr, diagonal + i - t.c,
                                   need_scale ? &partial[t.worker * a.tiles.blocks() + b] : nullptr});
         });
-        const Tensor g = as_matrix(a.student[t.worker], t.m, t.n);
-        if (need_x) {
-          const Tensor to = share_rows ? as_matrix(row_parts[t.worker], t.m, x.size(1)) : product_view(dx, t.r, t.m);
-          multiply(to, g, product_view(y, t.c, t.n), !t.first);
-        }
-        if (need_y) {
-          multiply(product_view(dy, t.c, t.n), torch::stable::transpose(g, 0, 1), product_view(x, t.r, t.m), t.r > 0);
-        }
+        gradients.add(t, as_matrix(a.student[t.worker], t.m, t.n));
       },
-      [&](int64_t r, int64_t m) {
-        if (share_rows) add_workers(product_view(dx, r, m), row_parts);
-      });
+      [&](int64_t r, int64_t m) { gradients.end_stripe(r, m); });
   if (need_scale) {
     double total = 0;
     for (double v : partial) total += v;
     data(dscale)[0] = static_cast<float>(total);
   }
-  if (need_x) multiply_by(dx, scale);
-  if (need_y) multiply_by(dy, scale);
-  return {dx, dy, dscale};
+  gradients.scale_by(scale);
+  return {gradients.dx, gradients.dy, dscale};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // similarity_lse on the CPU: row and column log-sum-exp of scale·x·yᵀ, and its gradients, by tiles.
 //
-// The tile products are torch's own GEMM; a tile never leaves the cache before its exponentials are taken.
+// A tile of products (gemm.h) never leaves the cache before its exponentials are taken.
 // One constant shift c = max(0, bound - 70) with bound >= |logit| (Cauchy-Schwarz) serves every row and
 // column, so there is one exp per pair and partial sums merge by addition. Where a sum is too small for
 // that (its terms may have underflowed), or the bound is not finite, a running maximum is kept instead.
@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "gradients.h"
 #include "shift.h"
 #include "similarity_rows.h"
 #include "simd_exp.h"
@@ -35,7 +36,7 @@ struct Outputs {
         col(flat_floats(x, columns ? tiles.cols : 0)),
         pos(flat_floats(x, diagonal >= 0 ? tiles.rows : 0)),
         low(flat_floats(x, row.numel() + col.numel() + pos.numel())),
-        cache(flat_floats(x, cached ? tiles.rows * tiles.cols : 0)),
+        cache(on_huge_pages(flat_floats(x, cached ? tiles.rows * tiles.cols : 0))),
         diagonal(diagonal) {}
 
   void put(const Tensor& to, int64_t low_start, int64_t i, double value) const {
@@ -98,7 +99,7 @@ void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const 
   tiles.each(
       [&](const Tile& t) {
         const Tensor tile = as_matrix(buffers[t.worker], t.m, t.n);
-        multiply(tile, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        multiply_tile(tile, x, y, t);
         out.take_positives(tile, scale, t);
         double* rows = row_sum.data() + t.worker * tiles.height;
         float* cols = columns ? partial.data() + t.worker * tiles.blocks() * tiles.width : nullptr;
@@ -157,7 +158,7 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
   tiles.each(
       [&](const Tile& t) {
         const Tensor tile = as_matrix(buffers[t.worker], t.m, t.n);
-        multiply(tile, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        multiply_tile(tile, x, y, t);
         out.take_positives(tile, scale, t);
         const int64_t rows = t.worker * tiles.height;
         const int64_t cols = t.worker * partials;
@@ -262,21 +263,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g
   // from the cache dscale comes out of dx or dy; alone it needs the logits
   if (mode == GradMode::kStatic && cache.numel() > 0 && (need_x || need_y)) mode = GradMode::kCached;
 
-  Tensor dx = torch::stable::new_empty(x, {need_x ? tiles.rows : 0, x.size(1)}, ScalarType::Float);
-  Tensor dy = torch::stable::new_empty(y, {need_y ? tiles.cols : 0, y.size(1)}, ScalarType::Float);
+  const Gradients gradients(x, y, tiles, need_x, need_y);
   Tensor dscale = flat_floats(x, need_scale ? 1 : 0);
   const std::vector<Tensor> buffers = worker_buffers(x, tiles.workers, tiles.height * tiles.width);
-  // rows are shared by all workers of a stripe
-  const bool share_rows = need_x && tiles.workers > 1;
-  const std::vector<Tensor> row_parts = worker_buffers(x, share_rows ? tiles.workers : 0, tiles.height * x.size(1));
   std::vector<double> partial(tiles.workers * tiles.blocks(), 0.0);
   const bool sum_scale = need_scale && mode != GradMode::kCached;
   tiles.each(
       [&](const Tile& t) {
         const Tensor g = as_matrix(buffers[t.worker], t.m, t.n);
-        const Tensor x_rows = product_view(x, t.r, t.m);
-        const Tensor y_rows = product_view(y, t.c, t.n);
-        if (mode != GradMode::kCached) multiply(g, x_rows, torch::stable::transpose(y_rows, 0, 1), false);
+        if (mode != GradMode::kCached) multiply_tile(g, x, y, t);
         for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
           GradRows a{};
           a.in = mode == GradMode::kCached ? data(cache) + (t.r + first) * tiles.cols + t.c : data(g) + first * t.n;
@@ -296,27 +291,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g
           a.scale_gradient = sum_scale ? partial.data() + t.worker * tiles.blocks() + b : nullptr;
           row_kernels().grad(a, mode);
         });
-        if (need_x) {
-          const Tensor to = share_rows ? as_matrix(row_parts[t.worker], t.m, x.size(1)) : product_view(dx, t.r, t.m);
-          multiply(to, g, y_rows, !t.first);
-        }
-        if (need_y) multiply(product_view(dy, t.c, t.n), torch::stable::transpose(g, 0, 1), x_rows, t.r > 0);
+        gradients.add(t, g);
       },
-      [&](int64_t r, int64_t m) {
-        if (share_rows) add_workers(product_view(dx, r, m), row_parts);
-      });
+      [&](int64_t r, int64_t m) { gradients.end_stripe(r, m); });
   if (need_scale) {
     double total = 0;
     if (sum_scale) {
       for (double p : partial) total += p;
     } else {
-      total = need_x ? weighted_dot(x, dx) : weighted_dot(y, dy);
+      total = need_x ? weighted_dot(x, gradients.dx) : weighted_dot(y, gradients.dy);
     }
     data(dscale)[0] = static_cast<float>(total);
   }
-  if (need_x) multiply_by(dx, scale);
-  if (need_y) multiply_by(dy, scale);
-  return {dx, dy, dscale};
+  gradients.scale_by(scale);
+  return {gradients.dx, gradients.dy, dscale};
 }
 
 // log-sum-exp from partial sums (K, N) of exp(logit - shift); flag becomes 1 where a sum cannot be trusted

@@ -1,6 +1,6 @@
 // similarity_rank on the CPU: how many scores of every row and column of x·yᵀ lie above and at a threshold, by tiles.
 //
-// The tile products are torch's own fp32 GEMM. What its rounding leaves open is decided by the product in double, so
+// The tile products are in fp32 (gemm.h). What their rounding leaves open is decided by the product in double, so
 // the counts do not depend on tiles, threads or the instruction set.
 
 #include <torch/csrc/stable/library.h>
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> count(const Tensor& x, const Tensor& y, const Tensor&
   tiles.each(
       [&](const Tile& t) {
         const Tensor dots = as_matrix(buffers[t.worker], t.m, t.n);
-        multiply(dots, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        multiply_tile(dots, x, y, t);
         int64_t* mine = row_counts.data() + t.worker * 2 * tiles.height;
         int32_t* partial = col_counts.data() + t.worker * tiles.blocks() * 2 * tiles.width;
         if (columns) std::fill_n(partial, tiles.blocks() * 2 * tiles.width, 0);

@@ -74,7 +74,10 @@ LLM2CLIP_INLINE void sum_body(const SumRows& a) {
           const Floats e = keep<grouped>(a.groups, i, j, exp(logits - a.shift), Floats{});
           total += e;
           if (a.col_sum != nullptr) put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
-          if (cache != nullptr) put(cache + j, e, count);
+          if (cache != nullptr) {
+            __builtin_prefetch(cache + 2 * a.cache_stride + j, 1);
+            put(cache + j, e, count);
+          }
         });
     a.row_sum[i] += sum(total);
   }
@@ -154,6 +157,8 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
           g += exp(v - get(a.col_lse + j, count, 0.0f)) * get(a.col_factor + j, count, 0.0f);
         }
       } else {
+        // rows of the cache lie far apart, and come from memory
+        if constexpr (mode == GradMode::kCached) __builtin_prefetch(in + 2 * a.in_stride + j);
         const Floats e = mode == GradMode::kCached ? v : exp(v - a.shift);
         Floats factor = broadcast(row_factor);
         if (a.col_factor != nullptr) factor += get(a.col_factor + j, count, 0.0f);

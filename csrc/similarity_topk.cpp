@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> update(const Tensor& x, const Tensor& y, const Tensor
   tiles.each(
       [&](const Tile& t) {
         const Tensor dots = as_matrix(buffers[t.worker], t.m, t.n);
-        multiply(dots, product_view(x, t.r, t.m), torch::stable::transpose(product_view(y, t.c, t.n), 0, 1), false);
+        multiply_tile(dots, x, y, t);
         const Best mine = of_worker(t.worker);
         for_each_block(t.m, [&](int64_t, int64_t first, int64_t height) {
           TopRows a{};

@@ -5,8 +5,9 @@
 | `LLM2CLIP_DISABLE_NATIVE` | `1` | do not load the native library; Triton and plain torch serve |
 | `LLM2CLIP_REQUIRE_NATIVE` | `1` | a native library that is missing or does not load is an error |
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
+| `LLM2CLIP_CPU_GEMM` | `auto`, `torch`, `avx2`, `avx512` | what multiplies the tiles on a CPU; `auto`: ours on AMD |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
-| `LLM2CLIP_SMALL_PAIRS` | integer, default 16384 | up to so many pairs, plain torch: launching a kernel costs more |
+| `LLM2CLIP_SMALL_PAIRS` | integer, default 44100 | up to so many pairs, plain torch: launching a kernel costs more |
 | `LLM2CLIP_AUTOTUNE` | `1` | time the Triton configurations on first use, keep the fastest in the tuning file |
 | `LLM2CLIP_TUNING_FILE` | path, default `~/.cache/llm2clip/tuning.json` | where found configurations are kept |
 | `TRITON_INTERPRET` | `1` | Triton's own: kernels run in its interpreter, on CPU tensors too |
@@ -18,6 +19,7 @@ import os
 from pathlib import Path
 
 BACKENDS = ("auto", "native", "triton", "chunked")
+CPU_GEMMS = ("auto", "torch", "avx2", "avx512")
 
 
 def _flag(name: str) -> bool:
@@ -36,12 +38,21 @@ def triton_interpreted() -> bool:
     return _flag("TRITON_INTERPRET")
 
 
+def _one_of(variable: str, names: tuple[str, ...]) -> str:
+    name = os.environ.get(variable, "auto").lower() or "auto"
+    if name not in names:
+        raise ValueError(f"{variable} is {name!r}; expected one of {', '.join(names)}")
+    return name
+
+
 def forced_backend() -> str:
     """Returns the backend to use, "auto" for the usual choice. Raises ValueError for an unknown name."""
-    name = os.environ.get("LLM2CLIP_BACKEND", "auto").lower() or "auto"
-    if name not in BACKENDS:
-        raise ValueError(f"LLM2CLIP_BACKEND is {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name
+    return _one_of("LLM2CLIP_BACKEND", BACKENDS)
+
+
+def cpu_gemm() -> str:
+    """Returns what is to multiply tiles on the CPU, "auto" for the usual choice. Raises ValueError as above."""
+    return _one_of("LLM2CLIP_CPU_GEMM", CPU_GEMMS)
 
 
 def _whole_number(name: str, default: int, unit: str) -> int:
@@ -62,7 +73,7 @@ def cache_budget_bytes() -> int:
 
 def small_pairs() -> int:
     """Returns up to how many pairs M·N `method="auto"` leaves to plain torch; 0 where a backend is forced."""
-    return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 128 * 128, " of pairs")
+    return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 210 * 210, " of pairs")
 
 
 def autotune() -> bool:

@@ -115,6 +115,7 @@ def build_info() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": {"loaded": reason == "", "reason": reason, **native.build_record()},
         "cpu_capability": torch.ops.llm2clip_native.cpu_capability() if reason == "" else None,
+        "cpu_gemm": torch.ops.llm2clip_native.gemm_in_use() if reason == "" else "torch",
         "backends": {
             op: {
                 f"{device} {str(dtype).removeprefix('torch.')}": chosen(torch.device(device), dtype)

@@ -56,7 +56,9 @@ def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "s
             )
         if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
             raise TypeError(f"{name}: {label} must be a real number, got {scale.dtype}")
-        return scale.reshape(()).to(device=like.device, dtype=dtype)
+        # a view would be one more node for autograd to walk through
+        scalar = scale.reshape(()) if scale.dim() > 0 else scale
+        return scalar.to(device=like.device, dtype=dtype)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: {label} must be a number or a 1-element tensor, got {type(scale).__name__}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)

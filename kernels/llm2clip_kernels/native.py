@@ -23,7 +23,8 @@ def load() -> str:
         "" when loaded, else the reason it is not.
 
     Raises:
-        RuntimeError: it is not loaded and LLM2CLIP_REQUIRE_NATIVE=1.
+        RuntimeError: it is not loaded and LLM2CLIP_REQUIRE_NATIVE=1, or this processor does not run what
+            LLM2CLIP_CPU_GEMM asks for.
     """
     library = _HERE / "_C.so"
     if _env.native_disabled():
@@ -33,7 +34,6 @@ def load() -> str:
     else:
         try:
             torch.ops.load_library(str(library))
-            return ""
         except (OSError, RuntimeError) as error:
             reason = f"{library.name} does not load: {error}"
             warnings.warn(
@@ -42,6 +42,9 @@ def load() -> str:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        else:
+            torch.ops.llm2clip_native.use_gemm(_env.cpu_gemm())
+            return ""
     if _env.native_required():
         raise RuntimeError(f"llm2clip_kernels: LLM2CLIP_REQUIRE_NATIVE=1, but the native library is {reason}")
     return reason
