@@ -1,4 +1,4 @@
-"""fuse_clip_loss against the own loss of every dual encoder of transformers: values, gradients, every way to call it."""
+"""fuse_clip_loss against the own loss of every dual encoder of transformers: values, gradients, calls."""
 
 from __future__ import annotations
 
