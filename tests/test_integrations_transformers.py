@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +17,6 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from llm2clip.integrations.dual_encoders import FAMILIES  # noqa: E402
 from llm2clip.integrations.transformers import fuse_clip_loss  # noqa: E402
-from tests.gloo import run_on_ranks  # noqa: E402
 from tests.tiny_dual_encoders import CONFIGURATIONS, dual_encoder, inputs  # noqa: E402
 
 
@@ -203,32 +201,3 @@ def test_errors() -> None:
     fuse_clip_loss(model)
     with pytest.raises(ValueError, match="pair up"):
         model(**{**given, "pixel_values": given["pixel_values"][:3]}, return_loss=True)
-
-
-def check_ranks(rank: int, world: int) -> None:
-    for name, modes in (
-        ("CLIPModel", (True, "ring")),
-        ("SiglipModel", (True, "ring")),
-        ("ClapModel", (True,)),
-    ):
-        model, whole = dual_encoder(name).eval(), inputs(name, batch=4 * world)
-        want, gradients = step(model, whole)
-        mine = {key: value[4 * rank :][:4] for key, value in whole.items()}
-        local, _ = step(model, mine)
-        for mode in modes:
-            with fuse_clip_loss(model, gather=mode):  # type: ignore[arg-type]
-                got, fused = step(model, mine)
-            torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
-            for gradient in fused.values():
-                dist.all_reduce(gradient)
-                gradient /= world
-            assert_same(fused, gradients)
-        # without, the negatives are the rank's, as in transformers
-        with fuse_clip_loss(model):
-            torch.testing.assert_close(step(model, mine)[0].loss, local.loss, rtol=1e-5, atol=1e-6)
-        assert (local.loss - want.loss).abs() > 1e-2
-
-
-@pytest.mark.dist
-def test_two_ranks_are_one_batch() -> None:
-    run_on_ranks(2, check_ranks)

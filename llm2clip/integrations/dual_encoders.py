@@ -1,15 +1,17 @@
-"""transformers' dual encoders (CLIP and the models that copy its loss): where their features and scales are.
+"""transformers' dual encoders, CLIP and the models that copy its loss: `fuse_clip_loss` gives them one without logits.
 
-Each model computes B×B logits and `image_text_contrastive_loss` of them in its own `forward`. What it makes them of is
-the same everywhere: the pooled features of `get_text_features` and `get_image_features`, normalised, and a
-temperature. That is all this file knows.
+Each model computes B×B logits in its own `forward`, and a loss of them. What it makes them of is the same everywhere:
+the pooled features of `get_text_features` and `get_image_features`, normalised, and a scale.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -17,8 +19,14 @@ from torch import Tensor, nn
 
 from llm2clip_kernels import infonce_loss, l2_normalize, nll_loss, sigmoid_loss
 
+from .handle import Handle
+
+log = logging.getLogger(__name__)
+
 Gather = bool | Literal["ring"]
 Kind = Literal["softmax", "sigmoid"]
+
+_FOR_BOTH_TOWERS = ("output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -89,44 +97,45 @@ def gathers(gather: Gather) -> Gather:
     return gather if dist.is_available() and dist.is_initialized() else False
 
 
-def _scale(model: Any) -> Tensor:
-    if hasattr(model, "logit_scale"):
-        scale: Tensor = model.logit_scale.exp()
-        return scale
-    if hasattr(model, "temperature"):
-        temperature: Tensor = 1.0 / model.temperature
-        return temperature
-    raise ValueError(
-        f"{type(model).__name__} has neither logit_scale (a logarithm) nor temperature; give the model one of "
-        "them, or override contrastive_loss"
-    )
+def scale_of(model: Any) -> Tensor:
+    """The multiplier of a model's similarities, 0-dim: exp of its `logit_scale`, or 1 / its `temperature`."""
+    scale: Tensor = model.logit_scale.exp() if hasattr(model, "logit_scale") else 1.0 / model.temperature
+    return scale
 
 
-def objective(
-    model: Any,
+def pair_loss(
     first: Tensor,
     text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
     *,
-    gather: Gather,
     kind: Kind | None = None,
+    gather: Gather,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss that a model's own forward would return, without logits.
+    """The mean contrastive loss of pairs.
 
     Args:
-        model: has `logit_scale` (a logarithm) or `temperature`; with a `logit_bias` the loss is SigLIP's; with
-            `logit_scale_a` and `logit_scale_t` it is CLAP's.
         first: (B, D) of images (or of what is in their place), unit norm.
         text: (B, D), unit norm, row i belongs to row i of `first`.
-        gather: whether other ranks' rows are negatives too; the model's own loss has those of its rank alone.
-        kind: None: as the model says.
+        scale: multiplier of the similarities, 0-dim.
+        bias: added to every logit, or None.
+        kind: None: "sigmoid" where there is a bias, "softmax" where there is none.
+        gather: whether other ranks' rows are negatives too.
         smoothing: label smoothing of the softmax.
 
     Returns:
         0-dim mean over all pairs, the same on every rank, with gradients for DDP's averaging.
     """
+    if (kind or ("softmax" if bias is None else "sigmoid")) == "sigmoid":
+        return sigmoid_loss(first, text, scale, 0.0 if bias is None else bias, gather=gather)
+    return infonce_loss(first, text, scale, label_smoothing=smoothing, logit_bias=bias, gather=gather)
+
+
+def own_loss(model: Any, first: Tensor, text: Tensor, *, gather: Gather, smoothing: float) -> Tensor:
+    """The loss that a dual encoder's own forward would return; arguments as in `pair_loss`."""
     first = first.to(text.device)
-    if hasattr(model, "logit_scale_t") and hasattr(model, "logit_scale_a"):
+    if hasattr(model, "logit_scale_t"):
         # CLAP scores texts against audio twice, with two scales, and never audio against texts
         if gather == "ring":
             raise ValueError("gather='ring' is not for CLAP's loss; use gather=True")
@@ -134,6 +143,136 @@ def objective(
         losses = [nll_loss(text, first, None, scale, gather=gather) for scale in scales]
         return 0.5 * (losses[0] + losses[1])
     bias = getattr(model, "logit_bias", None)
-    if kind == "sigmoid" or (kind is None and bias is not None):
-        return sigmoid_loss(first, text, _scale(model), 0.0 if bias is None else bias, gather=gather)
-    return infonce_loss(first, text, _scale(model), label_smoothing=smoothing, gather=gather)
+    return pair_loss(first, text, scale_of(model), bias, gather=gather, smoothing=smoothing)
+
+
+def _blank(original: Any) -> nn.Module:
+    kind = _fused_class(original)
+    model: nn.Module = kind.__new__(kind)
+    return model
+
+
+@cache
+def _fused_class(original: Any) -> Any:
+    """A subclass under the same name, so that configurations and model cards name the model as before."""
+    family = family_of(original)
+    assert family is not None
+    names = argument_names(original.forward)
+    for_text = argument_names(original.get_text_features)
+    for_side = argument_names(getattr(original, f"get_{family.side}_features"))
+    output = getattr(sys.modules[original.forward.__module__], family.output)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        text = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        # a segmentation is made of the scores of all pairs; a tuple's fields are told by their place
+        if (
+            not given.pop("return_loss", None)
+            or text is None
+            or given.get(family.pixels) is None
+            or given.get("output_segmentation", getattr(self.config, "output_segmentation", False))
+            or given.pop("return_dict", self.config.return_dict) is False
+        ):
+            return original.forward(self, *args, **kwargs)
+        for_both = {k: v for k, v in given.items() if k not in names or k in _FOR_BOTH_TOWERS}
+        text_inputs = for_both | {k: v for k, v in given.items() if k in for_text}
+        side_inputs = for_both | {k: v for k, v in given.items() if k in for_side and k not in for_text}
+        # in the original's order, in which dropout draws its numbers
+        side_output = getattr(self, f"get_{family.side}_features")(**side_inputs)
+        text_output = self.get_text_features(**text_inputs)
+        side_embeds, text_embeds = unit_embedding(side_output), unit_embedding(text_output)
+        embeds = {"text_embeds": text_embeds, f"{family.side}_embeds": side_embeds}
+        towers = {"text_model_output": text_output, family.tower: side_output}
+        gather = gathers(self._llm2clip_gather)
+        loss = own_loss(self, side_embeds, text_embeds, gather=gather, smoothing=family.smoothing)
+        return output(loss=loss, **embeds, **towers)
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # the class cannot be found under its name, the original's can
+        _, _, *state = original.__reduce_ex__(self, protocol)
+        return (_blank, (original,), *state)
+
+    # Trainer and peft read the parameters of forward
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    kind: Any = type(
+        original.__name__,
+        (original,),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__reduce_ex__": reduce,
+            "_llm2clip_original": original,
+            "forward": forward,
+        },
+    )
+    return kind
+
+
+class FusedClipLoss(Handle):
+    """What `fuse_clip_loss` changed; `undo()` or leaving a `with` block changes it back.
+
+    Attributes:
+        fused: class names of the models that got the fused loss.
+    """
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        super().__init__(*(partial(_unfuse, model) for model in models))
+        self.fused = [type(model).__name__ for model in models]
+
+    def __enter__(self) -> FusedClipLoss:
+        return self
+
+
+def _unfuse(model: Any) -> None:
+    model.__class__ = model._llm2clip_original
+    del model._llm2clip_gather
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether a dual encoder has the fused loss."""
+    return hasattr(type(model), "_llm2clip_original")
+
+
+def fuse_clip_loss(model: nn.Module, *, gather: Gather = False) -> FusedClipLoss:
+    """Lets a dual encoder of transformers return its contrastive loss without making logits, in place.
+
+    Called with `return_loss=True`, the model returns the loss and both embeddings; the fields of the logits are None.
+    Called without, or where only logits will do (`return_dict=False`, GroupViT's segmentation), it does what it did.
+    Weights, configuration, files and the signature of `forward` stay as they are. Fuse before `Trainer` or
+    accelerate's `prepare` sees the model.
+
+    Args:
+        model: one of `FAMILIES` (CLIP, SigLIP, SigLIP 2, ALIGN, AltCLIP, BLIP, Chinese-CLIP, CLAP,
+            CLIPSeg, GroupViT, MetaCLIP 2, OWL-ViT, OWLv2, TIPSv2, VisionTextDualEncoder), a model that has one of
+            them in it, or a peft model of one. X-CLIP and CLVP are not among them: X-CLIP's text embeddings differ
+            from video to video, and CLVP generates the speech it scores.
+        gather: with True (or "ring") other ranks' pairs are negatives too, and the loss is the mean over all of
+            them, with gradients for DDP's averaging. transformers' own loss knows only the rank's batch.
+
+    Returns:
+        The handle: `undo()`, `fused`; also a context manager.
+
+    Raises:
+        ValueError: there is no such model, or its forward has been replaced already.
+
+    Example:
+        >>> fuse_clip_loss(model)
+        >>> Trainer(model=model, args=arguments, train_dataset=pairs).train()
+    """
+    found = list(dual_encoders(model))
+    if not found and not any(is_fused(module) for module in model.modules()):
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"fuse_clip_loss: {type(model).__name__} has none of these in it: {known}")
+    for module in found:
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"fuse_clip_loss: the forward of this {type(module).__name__} has been replaced (accelerate does so "
+                "for mixed precision); fuse the model before it is prepared"
+            )
+    for module in found:
+        kind: Any = type(module)
+        module.__class__ = _fused_class(kind)
+        module._llm2clip_gather = gather  # type: ignore[assignment]
+    log.info("fuse_clip_loss: %s", ", ".join(type(module).__name__ for module in found) or "fused already")
+    return FusedClipLoss(found)
