@@ -112,3 +112,24 @@ def cal_inf_loss(
     """
     ring = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return _terms(q, k, labels, scale, "cal_inf_loss", ring).mean()
+
+
+def cal_ring_loss(
+    q: Tensor,
+    k: Tensor,
+    labels: Tensor | None = None,
+    scale: Tensor | float | None = None,
+    head_dim: int = 256,
+) -> Tensor:
+    """Inf-CLIP's `cal_ring_loss`: the value and gradients of `cal_inf_loss`, there computed without its kernels.
+
+    Args:
+        q, k, labels, scale, head_dim: as in `cal_inf_loss`, which this is.
+
+    Returns:
+        0-dim loss of this rank.
+
+    Raises:
+        TypeError, ValueError: inputs that do not fit.
+    """
+    return cal_inf_loss(q, k, labels, scale, head_dim)
