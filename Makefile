@@ -12,7 +12,7 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
-CODE := llm2clip kernels benchmarks tests setup.py
+CODE := llm2clip kernels benchmarks examples tests setup.py
 
 # the build must find the environment's cmake and ninja, which may be newer than the system's
 export PATH := $(abspath $(BIN)):$(PATH)
