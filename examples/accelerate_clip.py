@@ -21,16 +21,16 @@ class TwoTowers(torch.nn.Module):
 
 def main() -> None:
     set_seed(0)
-    accelerator = Accelerator()
-    shared = torch.randn(256, 8)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    shared = torch.randn(128, 8)
     pairs = TensorDataset(shared @ torch.randn(8, 48), shared @ torch.randn(8, 32))
     model = TwoTowers()
     model, optimizer, loader = accelerator.prepare(
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-2),
-        DataLoader(pairs, batch_size=64 // accelerator.num_processes, shuffle=True),
+        DataLoader(pairs, batch_size=128 // accelerator.num_processes, shuffle=True),
     )
-    for _ in range(10):
+    for _ in range(30):
         for image, text in loader:
             image_features, text_features, scale = model(image, text)
             # every device's pairs are negatives; the gradients are meant for DDP's averaging

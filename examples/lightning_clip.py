@@ -30,11 +30,10 @@ class TwoTowers(lightning.LightningModule):
 def main() -> None:
     lightning.seed_everything(0)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = torch.randn(256, 8)
+    shared = torch.randn(128, 8)
     pairs = TensorDataset(shared @ torch.randn(8, 48), shared @ torch.randn(8, 32))
-    trainer = lightning.Trainer(max_epochs=10, devices=devices, logger=False, enable_checkpointing=False)
-    # in order: the pairs are random already, and then one device and two see the same batches
-    trainer.fit(TwoTowers(), DataLoader(pairs, batch_size=64 // devices))
+    trainer = lightning.Trainer(max_epochs=30, devices=devices, logger=False, enable_checkpointing=False)
+    trainer.fit(TwoTowers(), DataLoader(pairs, batch_size=128 // devices, shuffle=True))
     if trainer.is_global_zero:
         print(f"loss {trainer.callback_metrics['loss']:.4f}")
 

@@ -44,6 +44,6 @@ def test_alone_and_on_two_processes(program: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     alone = final_loss(program, 1, tmp_path)
-    # 64 pairs a batch: log 64 is what knowing nothing costs
+    # 128 pairs a batch, which are all: knowing nothing costs log 128, and no order changes anything
     assert alone < 0.5
-    assert final_loss(program, 2, tmp_path) == pytest.approx(alone, abs=2e-3)
+    assert final_loss(program, 2, tmp_path) == pytest.approx(alone, abs=3e-4)
