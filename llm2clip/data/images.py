@@ -219,3 +219,8 @@ class ImageTransform:
         canvas = Image.new("RGB", (self.size, self.size), self.background)
         canvas.paste(content, place)
         return canvas
+
+
+def as_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """An image that another library has decoded, in the form that `decode_image` gives: RGB, upright, opaque."""
+    return _oriented(_to_rgb(image, background))

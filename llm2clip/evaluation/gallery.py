@@ -133,6 +133,12 @@ def _item(index: int, sample: Sample, captions: CaptionSettings) -> Item:
     return Item(index, sample.key, sample.group, texts, translations, original, dict(sample.meta))
 
 
+def image_transform(model: LLM2CLIP) -> ImageTransform:
+    """What makes a decoded image (PIL, RGB) the model's input (3, S, S)."""
+    vision = model.vision_model
+    return ImageTransform(vision.image_size, vision.mean, vision.std)
+
+
 @torch.no_grad()
 def image_features(
     model: LLM2CLIP, gallery: Gallery, *, batch_size: int, show: bool = True
@@ -145,8 +151,7 @@ def image_features(
     Raises:
         DataError: fewer than two images can be used.
     """
-    vision = model.vision_model
-    transform = ImageTransform(vision.image_size, vision.mean, vision.std)
+    transform = image_transform(model)
     device = next(model.parameters()).device
     features: list[Tensor] = []
     dropped: list[Item] = []
