@@ -173,6 +173,8 @@ def test_names_of_the_embeddings(tmp_path: Path) -> None:
     assert loss.ndim == 0 and loss.isfinite()
     with pytest.raises(ValueError, match="needs a scale"):
         trainer.contrastive_loss(out)
+    with pytest.raises(ValueError, match="returns a dict with .* got tuple"):
+        trainer.contrastive_loss(tuple(out.values()))
 
 
 def clip_rows(name: str, count: int) -> list[dict[str, Any]]:
@@ -206,6 +208,39 @@ def test_a_dual_encoder_under_the_plain_trainer(name: str, tmp_path: Path) -> No
         )
         for key, true in results[0][2].items():
             torch.testing.assert_close(weights[key], true, rtol=1e-2, atol=1e-3, msg=key)
+
+
+def test_the_loss_function_with_outputs_of_transformers(tmp_path: Path) -> None:
+    """Embeddings in an output object, to which the scale is added; the function's loss is the model's own."""
+    rows, settings = clip_rows("CLIPModel", 4), arguments(tmp_path, 4, 1)
+    model = dual_encoder("CLIPModel").eval()
+    function = ContrastiveLoss(model, settings)
+    given = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    outputs = model(**given, return_loss=True)
+    torch.testing.assert_close(function(outputs), outputs.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_keeps_the_model_fused(tmp_path: Path) -> None:
+    """accelerate puts its autocast around forward, and takes it off when the model is saved."""
+    rows, model = clip_rows("CLIPModel", 12), dual_encoder("CLIPModel")
+    seen: list[bool] = []
+
+    class Watching(Contrastive):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            seen.append("logits_per_text" not in outputs and outputs["image_embeds"].dtype == torch.float32)
+            return loss
+
+    trainer = Watching(model=model, args=arguments(tmp_path, 4, 1, bf16=True), train_dataset=rows)
+    trainer.train()
+    assert seen == [True] * 3
+    trainer.save_model(str(tmp_path / "saved"))
+    again = type(dual_encoder("CLIPModel")).from_pretrained(tmp_path / "saved")
+    for (name, got), want in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(got, want), name
+    with torch.no_grad():
+        batch = {key: torch.stack([row[key] for row in rows[:4]]) for key in rows[0]}
+        assert trainer.accelerator.unwrap_model(model)(**batch, return_loss=True).logits_per_text is None
 
 
 def test_fused_lora_under_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,10 @@ def test_errors() -> None:
         fuse_clip_loss(model)
     given = inputs("CLIPModel")
     model = dual_encoder("CLIPModel")
-    fuse_clip_loss(model)
+    handle = fuse_clip_loss(model)
     with pytest.raises(ValueError, match="pair up"):
         model(**{**given, "pixel_values": given["pixel_values"][:3]}, return_loss=True)
+    # as fully_shard does
+    model.__class__ = type("FSDPCLIPModel", (type(model),), {})
+    with pytest.raises(ValueError, match="changed again after fuse_clip_loss"):
+        handle.undo()

@@ -225,6 +225,11 @@ class FusedClipLoss(Handle):
 
 
 def _unfuse(model: Any) -> None:
+    if "_llm2clip_original" not in type(model).__dict__:
+        raise ValueError(
+            f"the class of this {type(model).__name__} was changed again after fuse_clip_loss (FSDP does so); undo "
+            "that first"
+        )
     model.__class__ = model._llm2clip_original
     del model._llm2clip_gather
 

@@ -101,6 +101,10 @@ class ContrastiveLoss:
 
 
 def _loss_of_outputs(outputs: Any, embeddings: tuple[str, str], kind: Kind | None, gather: Gather) -> Tensor:
+    if not isinstance(outputs, dict):
+        raise ValueError(
+            f"the contrastive loss needs a model that returns a dict with {embeddings}, got {type(outputs).__name__}"
+        )
     missing = [name for name in embeddings if outputs.get(name) is None]
     if missing:
         raise ValueError(
