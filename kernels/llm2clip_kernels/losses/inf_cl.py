@@ -114,22 +114,5 @@ def cal_inf_loss(
     return _terms(q, k, labels, scale, "cal_inf_loss", ring).mean()
 
 
-def cal_ring_loss(
-    q: Tensor,
-    k: Tensor,
-    labels: Tensor | None = None,
-    scale: Tensor | float | None = None,
-    head_dim: int = 256,
-) -> Tensor:
-    """Inf-CLIP's `cal_ring_loss`: the value and gradients of `cal_inf_loss`, there computed without its kernels.
-
-    Args:
-        q, k, labels, scale, head_dim: as in `cal_inf_loss`, which this is.
-
-    Returns:
-        0-dim loss of this rank.
-
-    Raises:
-        TypeError, ValueError: inputs that do not fit.
-    """
-    return cal_inf_loss(q, k, labels, scale, head_dim)
+# the same value and gradients, which Inf-CLIP computes without its kernels under this name
+cal_ring_loss = cal_inf_loss
