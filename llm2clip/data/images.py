@@ -280,6 +280,7 @@ class ImageTransform:
             return Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
         return RESAMPLING[self.interpolation]
 
+
 def as_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """An image that another library has decoded, in the form that `decode_image` gives: RGB, upright, opaque."""
     return _oriented(_to_rgb(image, background))

@@ -35,4 +35,3 @@ def autocast_of(precision: str, device: torch.device, trained: nn.Module | None 
 def scaler_of(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """The scaler of the loss; it does nothing but for fp16, whose gradients would underflow."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
