@@ -47,7 +47,7 @@ def nll_loss(
         raise ValueError(f"nll_loss: one positive per query, got {x.shape[0]} and {positives.shape[0]} rows")
     if negatives is not None:
         check_pair(x, negatives, "nll_loss")
-    over_ranks = transport_of(group, gather, "nll_loss") == "gather"
+    over_ranks = transport_of(group, gather, "nll_loss", ring=False) == "gather"
     first, total = 0, x.shape[0]
     candidates = [positives] if negatives is None else [positives, negatives]
     if over_ranks:
