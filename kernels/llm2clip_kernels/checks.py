@@ -43,6 +43,13 @@ def check_pair(x: Tensor, y: Tensor, name: str) -> None:
         )
 
 
+def check_paired(x: Tensor, y: Tensor, name: str, rows: str = "x and y") -> None:
+    """As `check_pair`, and that row i of x can belong to row i of y; `rows` is what messages call the two."""
+    check_pair(x, y, name)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"{name}: {rows} must pair up, got {x.shape[0]} and {y.shape[0]} rows")
+
+
 def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "scale") -> Tensor:
     """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient.
 

@@ -55,7 +55,7 @@ def nll_loss(
         raise ValueError(f"{name}: one positive per query, got {x.shape[0]} and {positives.shape[0]} rows")
     if negative_groups is not None and (groups is None or negatives is None):
         raise ValueError(f"{name}: negative_groups needs negatives, and groups, the ids of the queries")
-    over_ranks = transport_of(group, gather, name) == "gather"
+    over_ranks = transport_of(group, gather, name, ring=False) == "gather"
     candidates, ids = [positives], [] if groups is None else [groups]
     if negatives is not None and not (over_ranks and negatives.shape == (0, x.shape[1])):
         check_pair(x, negatives, name)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed
+from ..checks import check_paired
 from ..contrastive import nll_loss
 from ..l2_normalize import l2_normalize
 
@@ -49,6 +50,7 @@ class HardNegativeNLLLoss:
         is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
         if not is_cosine:
             return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
+        check_paired(q_reps, d_reps_pos, "HardNegativeNLLLoss", "queries and positives")
         unit = [l2_normalize(t) for t in (q_reps, d_reps_pos)]
         negatives = None if d_reps_neg is None else l2_normalize(d_reps_neg)
         return nll_loss(unit[0], unit[1], negatives, self.scale, gather=gather)
