@@ -53,10 +53,11 @@ class ClipText(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, projection: Tensor | None = None) -> None:
         super().__init__()
-        self.model: Any = model
+        # whether there is a shell around the tower depends on transformers' version; names in files do not
+        self.model: Any = getattr(model, "text_model", model)
         self.tokenizer = tokenizer
         self.pretrained_projection = None if projection is None else (projection, None)
-        config: Any = model.config
+        config: Any = self.model.config
         self.context = int(config.max_position_embeddings)
         self._siglip = config.model_type == "siglip_text_model"
         # SigLIP's pooled state goes through a head of its own

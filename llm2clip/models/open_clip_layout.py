@@ -198,7 +198,7 @@ def _text_side(model: LLM2CLIP, quick_gelu: bool) -> tuple[dict[str, Any], dict[
         config = tower.model.config
         wanted = "quick_gelu" if quick_gelu else "gelu"
         if config.model_type == "clip_text_model" and config.hidden_act == wanted:
-            state = clip_text_to_open_clip(_bare(published_names(tower.model), "text_model."))
+            state = clip_text_to_open_clip(tower.model.state_dict())
             state["text_projection"] = model.text_projection.weight.t()
             return {
                 "context_length": config.max_position_embeddings,
