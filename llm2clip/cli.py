@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | search | env`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_configured(
         commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
     )
+    search = _add_configured(
+        commands, "search", "a local web page: images by captions, captions by images", _search
+    )
+    search.add_argument("--model", help="run of the CLIP stage, or a demo's directory; as model=RUN")
+    search.add_argument(
+        "--images", action="append", help="folder of images, or a source; may be repeated; as images=[...]"
+    )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -100,12 +107,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     return parser, commands.choices.keys()
 
 
-def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> None:
+def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text}. Settings: docs/config.md.")
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings, e.g. optim.lr=1e-3")
     parser.set_defaults(handler=handler)
+    return parser
 
 
 def _quiet_libraries(args: argparse.Namespace) -> None:
@@ -115,7 +123,7 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
     """
     loads = (
         _finetune_llm, _embed, _embed_images, _embed_texts, _evaluate, _caption_retrieval, _retrieval, _zero_shot,
-        _linear_probe, _demo,
+        _linear_probe, _search, _demo,
     )  # fmt: skip
     if args.handler in loads and not getattr(args, "print_config", False):
         from transformers.utils import logging as transformers_logging
@@ -235,6 +243,19 @@ def _linear_probe(args: argparse.Namespace) -> int:
         from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
 
         evaluate_linear_probe(settings)
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from llm2clip.settings import SearchSettings
+
+    for name in ("model", "images"):
+        if (given := getattr(args, name)) is not None:
+            args.overrides.append(f"{name}={json.dumps(given)}")  # JSON is YAML
+    if (settings := _settings(args, SearchSettings)) is not None:
+        from llm2clip.search.run import run_search
+
+        run_search(settings)
     return 0
 
 

@@ -15,6 +15,7 @@ from llm2clip.settings import (
     FinetuneLLMSettings,
     LinearProbeSettings,
     RetrievalSettings,
+    SearchSettings,
     TrainSettings,
     ZeroShotSettings,
 )
@@ -30,6 +31,7 @@ COMMANDS: tuple[type, ...] = (
     RetrievalSettings,
     ZeroShotSettings,
     LinearProbeSettings,
+    SearchSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

@@ -36,6 +36,7 @@ from llm2clip.settings.llm import (
     Template,
 )
 from llm2clip.settings.run import OptimSettings, RunSettings
+from llm2clip.settings.search import SearchSettings
 
 __all__ = [
     "BenchmarkSettings",
@@ -66,6 +67,7 @@ __all__ = [
     "Quantization",
     "RetrievalSettings",
     "RunSettings",
+    "SearchSettings",
     "StoreDtype",
     "TeacherSettings",
     "Template",
