@@ -71,7 +71,7 @@ def test_a_text_finds_the_images_nearest_to_it(server: Running, kit: SearchKit) 
         torch.tensor([one["score"] for one in found]), best.values.float(), atol=2e-3, rtol=0
     )
     first = records(SHARD_ITEMS)[found[0]["item"]]
-    assert found[0]["caption"] == min(first["name"], first["description"], first["es"]["name"], key=len)
+    assert found[0]["caption"] == min(first["name"], first["description"], key=len)
     query = reply.json["query"]
     # the tiny tokenizer has a token per byte
     assert query["words"] == len(text.split()) and query["tokens"] >= len(text) and query["cut"] is False

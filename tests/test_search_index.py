@@ -246,9 +246,10 @@ def test_captions_come_with_their_images(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("one line\nanother line\none line\n")
     texts = open_captions([str(tmp_path / "lines.txt")], [], 100)
     assert texts.texts == ["one line", "another line"] and texts.image.tolist() == [-1, -1]
-    assert examples(everything) == [
+    assert examples(collection) == [
         {"short": "caption of x", "long": "a longer text about x"},
         {"short": "caption of y", "long": "a longer text about y"},
+        {"short": "e", "long": "caption of x"},
     ]
 
 
@@ -298,7 +299,7 @@ def test_a_folder_through_the_model(
     (photos / "broken.jpg").write_bytes(b"no image")
     settings = kit.settings(images=[str(photos)], index=str(tmp_path / "index"), batch_size=4)
     service, info = open_service(settings)
-    assert info["images"] == 10 and info["captions"] == 0 and info["examples"] == []
+    assert (info["images"], info["captions"], info["examples"]) == (10, 0, [])
     shown = capsys.readouterr().err
     assert "left out sample 'broken.jpg'" in shown and "1 images of" in shown
     broken = next(n for n in range(11) if service.describe(n).key == "broken.jpg")

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from llm2clip.data.images import decode_image
 from llm2clip.errors import BadSampleError
 from llm2clip.search.batching import BusyError
+from llm2clip.search.collection import main_texts
 from llm2clip.search.guard import Guard
 from llm2clip.search.service import Answer, Query, SearchService
 from llm2clip_kernels.similarity_topk.op import MAX_K
@@ -193,8 +194,7 @@ class SearchApp:
 def _title(service: SearchService, item: int) -> dict[str, str]:
     """Name of an image and the shortest of its captions."""
     sample = service.describe(item)
-    texts = [texts[0] for texts in sample.captions.values()]
-    return {"key": sample.key, "caption": min(texts, key=len) if texts else ""}
+    return {"key": sample.key, "caption": min(main_texts(sample), key=len, default="")}
 
 
 def _count(value: object) -> int:

@@ -159,3 +159,9 @@ def _texts(sample: Sample, fields: Sequence[str]) -> Iterator[str]:
     for name, texts in sample.captions.items():
         if not fields or name in fields:
             yield from texts
+
+
+def main_texts(sample: Sample) -> list[str]:
+    """The captions in the data's own language: those whose field has no dot (`es.caption`), where there are any."""
+    plain = [text for name, texts in sample.captions.items() if "." not in name for text in texts]
+    return plain or [text for texts in sample.captions.values() for text in texts]

@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm2clip.errors import ConfigError, DataError
+from llm2clip.errors import BadSampleError, ConfigError, DataError
 from llm2clip.models.fingerprint import json_digest
 from llm2clip.search.building import caption_features, feature_width, image_features
-from llm2clip.search.collection import Captions, Collection, captions_of, open_captions, open_collection
+from llm2clip.search.collection import (
+    Captions,
+    Collection,
+    captions_of,
+    main_texts,
+    open_captions,
+    open_collection,
+)
 from llm2clip.search.guard import is_loopback, known_hosts
 from llm2clip.search.index import FeatureIndex, build_index
 from llm2clip.search.model import SearchModel, open_model
@@ -25,7 +32,7 @@ from llm2clip.settings import SearchSettings
 from llm2clip.training.world import resolve_device
 
 _CONNECTIONS = 512  # more at a time are told to come back
-_EXAMPLES = 6
+_EXAMPLES, _PROBED = 6, 200
 _FAISS_QUERIES = 256
 
 
@@ -75,7 +82,7 @@ def open_service(settings: SearchSettings) -> tuple[SearchService, dict[str, Any
     search, recall = _search(settings, model, images, texts, place / "images")
     service = SearchService(model, collection, search, captions, texts, waiting=settings.queue)
     info = {
-        "model": settings.model,
+        "model": "/".join(Path(settings.model).parts[-2:]),
         "images": len(images),
         "captions": len(captions),
         "collection": collection.name,
@@ -84,7 +91,7 @@ def open_service(settings: SearchSettings) -> tuple[SearchService, dict[str, Any
         "max_tokens": None if model.llm is None else model.llm.max_length,
         "exact": recall is None,
         "recall": recall,
-        "examples": examples(captions),
+        "examples": examples(collection),
     }
     return service, info
 
@@ -169,15 +176,17 @@ def _search(
     return index, index.recall
 
 
-def examples(captions: Captions) -> list[dict[str, str]]:
+def examples(collection: Collection) -> list[dict[str, str]]:
     """Pairs of a short and a long text of the same image, which the page offers for a first try."""
-    texts: dict[int, list[str]] = {}
-    for text, image in zip(captions.texts, captions.image.tolist(), strict=True):
-        if image >= 0:
-            texts.setdefault(image, []).append(text)
-    pairs = [sorted(own, key=len) for own in texts.values() if len(own) > 1]
-    step = max(1, len(pairs) // _EXAMPLES)
-    return [{"short": own[0], "long": own[-1]} for own in pairs[::step][:_EXAMPLES]]
+    found: list[dict[str, str]] = []
+    for number in range(0, len(collection), max(1, len(collection) // _PROBED)):
+        try:
+            texts = sorted(main_texts(collection.describe(number)), key=len)
+        except BadSampleError:
+            continue
+        if len(texts) > 1 and len(texts[0]) < len(texts[-1]):
+            found.append({"short": texts[0], "long": texts[-1]})
+    return found[:: max(1, len(found) // _EXAMPLES)][:_EXAMPLES]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -94,32 +94,37 @@ function reading(query) {
 
 function column(title, answer, places = new Map(), shared = "") {
   const best = Math.max(1e-6, ...answer.images.map((result) => result.score));
-  const parts = [make("h2", { title }, title), make("p", {}, reading(answer.query) + timing(answer) + shared)];
-  if (answer.captions.length) {
-    parts.push(
-      make(
-        "ul",
-        { class: "texts" },
-        ...answer.captions.map((found) =>
-          make(
-            "li",
-            {},
-            make("b", { title: "cosine similarity" }, found.score.toFixed(3)),
-            make("span", {}, shorten(found.text, 420)),
-            make("button", { type: "button", class: "plain", onclick: () => fill([found.text]) }, "Search"),
-          ),
-        ),
-      ),
-    );
-  }
-  parts.push(
+  return make(
+    "section",
+    { class: "column images" },
+    make("h2", { title }, title),
+    make("p", {}, reading(answer.query) + timing(answer) + shared),
     make(
       "ol",
       { class: "grid" },
       ...answer.images.map((result, index) => card(result, index + 1, best, places.get(result.item))),
     ),
   );
-  return make("section", { class: "column" }, ...parts);
+}
+
+function captionColumn(answer) {
+  const lines = answer.captions.map((found) =>
+    make(
+      "li",
+      {},
+      make("b", { title: "cosine similarity" }, found.score.toFixed(3)),
+      make("span", {}, shorten(found.text, 420)),
+      make("button", { type: "button", class: "plain", onclick: () => fill([found.text]) }, "Search"),
+    ),
+  );
+  const count = `the nearest of ${plural(state.info.captions, "caption")}`;
+  return make("section", { class: "column" }, make("h2", {}, "Captions"), make("p", {}, count), make("ol", { class: "texts" }, ...lines));
+}
+
+// An image finds captions, where there are any, and images beside them.
+function answers(title, answer) {
+  const images = column(title, answer);
+  return answer.captions.length ? [captionColumn(answer), images] : [images];
 }
 
 const placesOf = (answer) => new Map(answer.images.map((result, index) => [result.item, index + 1]));
@@ -130,7 +135,9 @@ async function run(load) {
   say("");
   try {
     const columns = await load(Number($("amount").value));
-    if (request === state.request) $("results").replaceChildren(...columns);
+    if (request !== state.request) return;
+    $("results").replaceChildren(...columns);
+    $("results").classList.toggle("answers", columns.length > columns.filter((one) => one.matches(".images")).length);
   } catch (error) {
     if (request === state.request) say(error.message);
   } finally {
@@ -142,7 +149,7 @@ function search() {
   const given = texts.map((area) => area.value.trim());
   if (state.image && !given[0]) {
     const file = state.image;
-    return run(async (count) => [column(file.name || "Your image", await searchImage(file, count))]);
+    return run(async (count) => answers(`Images like ${file.name || "yours"}`, await searchImage(file, count)));
   }
   if (!given[0] && !(state.comparing && given[1])) return say("Type a text or choose an image first.");
   remember(given);
@@ -151,17 +158,18 @@ function search() {
     return run(async (count) => [column(shorten(text, 160), await searchText(text, count))]);
   }
   return run(async (count) => {
-    const answers = await Promise.all(given.map((text) => searchText(text, count)));
-    const places = answers.map(placesOf);
-    const shared = answers[0].images.filter((result) => places[1].has(result.item)).length;
-    const note = ` · ${shared} of ${answers[0].images.length} in both`;
-    return answers.map((answer, side) => column(shorten(given[side], 160), answer, places[1 - side], note));
+    const found = await Promise.all(given.map((text) => searchText(text, count)));
+    const places = found.map(placesOf);
+    const shared = found[0].images.filter((result) => places[1].has(result.item)).length;
+    const note = ` · ${shared} of ${found[0].images.length} in both`;
+    return found.map((answer, side) => column(shorten(given[side], 160), answer, places[1 - side], note));
   });
 }
 
 function setComparing(comparing) {
   state.comparing = comparing;
   $("side-1").hidden = !comparing;
+  $("query").classList.toggle("comparing", comparing);
   $("compare").setAttribute("aria-pressed", String(comparing));
   $("label-0").textContent = comparing ? "One text" : "Describe what you look for, in a word or a page";
 }
@@ -232,7 +240,7 @@ async function open(result) {
     texts.forEach((area) => (area.value = ""));
     setImage(null);
     setComparing(false);
-    run(async (count) => [column(`Similar to ${result.key}`, await searchSimilar(result.item, count))]);
+    run(async (count) => answers(`Images like ${result.key}`, await searchSimilar(result.item, count)));
   };
   $("detail").showModal();
   const about = await ask(`/api/item/${result.item}`).catch(() => null);
