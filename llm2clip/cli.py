@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | env`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
     )
     _add_configured(commands, "export", "models for Hugging Face, open_clip, ONNX; merged LLMs", _export)
+    search = _add_configured(
+        commands, "search", "a local web page: images by captions, captions by images", _search
+    )
+    search.add_argument("--model", help="run of the CLIP stage, or a demo's directory; as model=RUN")
+    search.add_argument(
+        "--images", action="append", help="folder of images, or a source; may be repeated; as images=[...]"
+    )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -101,12 +108,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     return parser, commands.choices.keys()
 
 
-def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> None:
+def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text}. Settings: docs/config.md.")
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings, e.g. optim.lr=1e-3")
     parser.set_defaults(handler=handler)
+    return parser
 
 
 def _quiet_libraries(args: argparse.Namespace) -> None:
@@ -243,6 +251,19 @@ def _export(args: argparse.Namespace) -> int:
         from llm2clip.export import export
 
         print(f"{settings.layout} layout in {export(settings)}, loaded back with equal features")
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from llm2clip.settings import SearchSettings
+
+    for name in ("model", "images"):
+        if (given := getattr(args, name)) is not None:
+            args.overrides.append(f"{name}={json.dumps(given)}")  # JSON is YAML
+    if (settings := _settings(args, SearchSettings)) is not None:
+        from llm2clip.search.run import run_search
+
+        run_search(settings)
     return 0
 
 

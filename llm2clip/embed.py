@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm2clip.config import dump_yaml
 from llm2clip.data.caption_stream import CaptionStream, Wanted, take_census
 from llm2clip.data.store import EmbeddingStore, StoreWriter, repair_store
 from llm2clip.data.store_format import INDEX_NAME
 from llm2clip.errors import ConfigError, DataError
-from llm2clip.files import write_json
+from llm2clip.files import write_json, write_text
 from llm2clip.progress import Progress
 from llm2clip.settings import EmbedSettings
 from llm2clip.training.world import World, start_world
 
-SUMMARY_NAME = "embed.json"
+SUMMARY_NAME, SETTINGS_NAME = "embed.json", "config.yaml"
 _RANK_STORES = "rank-*"
 
 
@@ -114,6 +115,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         if world.is_main:
             _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
+                write_text(root / SETTINGS_NAME, dump_yaml(settings))
                 take_over_rank_stores(writer)
                 writer.flush()
                 writer.write_lookup()

@@ -16,6 +16,7 @@ from llm2clip.settings import (
     FinetuneLLMSettings,
     LinearProbeSettings,
     RetrievalSettings,
+    SearchSettings,
     TrainSettings,
     ZeroShotSettings,
 )
@@ -32,6 +33,7 @@ COMMANDS: tuple[type, ...] = (
     ZeroShotSettings,
     LinearProbeSettings,
     ExportSettings,
+    SearchSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

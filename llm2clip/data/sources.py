@@ -41,6 +41,24 @@ class Source(Protocol):
         """Ranges [start, stop) of samples that lie together on disk; they cover the source in order."""
 
 
+@runtime_checkable
+class _Stamped(Protocol):
+    def image_stamp(self, index: int) -> str: ...
+
+
+def stamp_of(source: Source, index: int) -> str:
+    """A text that changes when a sample's image does, as far as that shows without reading the image.
+
+    Raises:
+        DataError: the source cannot tell.
+    """
+    if not isinstance(source, _Stamped):
+        raise DataError(
+            f"{source.name} does not tell when an image changes; give the images as shards or files"
+        )
+    return source.image_stamp(index)
+
+
 def open_source(
     paths: str | os.PathLike[str] | Sequence[str],
     *,

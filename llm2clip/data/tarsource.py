@@ -12,6 +12,7 @@ from typing import Any
 from llm2clip.data.sample import Sample, parse_json_record, sample_from_record
 from llm2clip.data.shards import TarIndex, index_tar
 from llm2clip.errors import BadSampleError, DataError
+from llm2clip.files import file_state
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # file descriptors kept open per process; reopening is cheap
@@ -83,6 +84,12 @@ class TarSource:
 
     def captions_of(self, index: int) -> Sample:
         return self._read(index, with_image=False)
+
+    def image_stamp(self, index: int) -> str:
+        """What changes with the image, as far as that shows without reading it: member, place, the shard's state."""
+        entry = self._entries[index]
+        shard = self._paths[entry.shard]
+        return f"{self._labels[entry.shard]}/{entry.stem} {entry.image} {file_state(shard)}"
 
     def __getstate__(self) -> dict[str, Any]:
         # descriptors mean nothing in another process

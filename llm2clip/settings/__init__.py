@@ -48,6 +48,7 @@ from llm2clip.settings.model import (
     VisionSettings,
 )
 from llm2clip.settings.run import OptimSettings, RunSettings
+from llm2clip.settings.search import SearchSettings
 
 __all__ = [
     "BenchmarkSettings",
@@ -83,6 +84,7 @@ __all__ = [
     "Quantization",
     "RetrievalSettings",
     "RunSettings",
+    "SearchSettings",
     "StoreDtype",
     "TeacherSettings",
     "Template",
