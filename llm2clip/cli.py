@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search`."""
 
 from __future__ import annotations
 
