@@ -115,7 +115,9 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         if world.is_main:
             _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
-                write_text(root / SETTINGS_NAME, dump_yaml(settings))
+                said, file = dump_yaml(settings), root / SETTINGS_NAME
+                if not file.is_file() or file.read_text(encoding="utf-8") != said:
+                    write_text(file, said)
                 take_over_rank_stores(writer)
                 writer.flush()
                 writer.write_lookup()
