@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -158,7 +159,7 @@ def _embed(args: argparse.Namespace) -> int:
         from llm2clip.embed import embed
 
         store = embed(settings)
-        print(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -169,7 +170,7 @@ def _embed_images(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_images
 
         store = embed_images(settings)
-        print(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -180,8 +181,14 @@ def _embed_texts(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_texts
 
         store = embed_texts(settings)
-        print(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Print a result once, however many ranks torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _train(args: argparse.Namespace) -> int:
