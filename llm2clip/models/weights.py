@@ -69,7 +69,10 @@ def _read_directory(place: Path) -> dict[str, Tensor]:
             return read_tensors(place / name)
         index = place / f"{name}.index.json"
         if index.is_file():
-            shards = read_json(index, ModelError).get("weight_map", {})
+            content = read_json(index, ModelError)
+            shards = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ModelError(f"{index} is damaged: expected a weight_map from names to files")
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
                 if os.path.basename(shard) != shard:
@@ -98,8 +101,10 @@ def _read_pickle(place: Path) -> dict[str, Tensor]:
             f"{place} is refused: it holds more than tensors, and reading that could run code of whoever made it "
             f"({reason}). Save the state dict alone, as safetensors, where the file comes from."
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ModelError(f"{place} is damaged or half-copied: {error}") from error
+    except Exception as error:  # a damaged pickle ends in nearly any exception
+        raise ModelError(
+            f"{place} is damaged or half-copied: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     for key in _INSIDE:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
