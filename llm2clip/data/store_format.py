@@ -144,6 +144,26 @@ def wrong_blocks(tensors: Mapping[str, npt.NDArray[Any]], rows: int) -> npt.NDAr
     return np.flatnonzero(checks.values != tensors["checks"])
 
 
+def not_finite_blocks(tensors: Mapping[str, npt.NDArray[Any]], dtype: StoreDtype) -> npt.NDArray[np.int64]:
+    """Numbers of the blocks in which a value, or a row's scale, is NaN or infinite."""
+    values = tensors["embeddings"]
+    bad = np.zeros(len(values), bool)
+    for start in range(0, len(values), BLOCK_ROWS):
+        block = values[start : start + BLOCK_ROWS]
+        if dtype == "bf16":
+            wrong = (block & 0x7F80) == 0x7F80  # all bits of the exponent
+        elif dtype == "fp8":
+            wrong = (block & 0x7F) == 0x7F
+        elif dtype == "int8":
+            break
+        else:
+            wrong = ~np.isfinite(block)
+        bad[start : start + BLOCK_ROWS] = wrong.any(axis=1)
+    if "scales" in tensors:
+        bad |= ~np.isfinite(tensors["scales"])
+    return np.unique(np.flatnonzero(bad) // BLOCK_ROWS)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One file of the store."""

@@ -123,6 +123,31 @@ def _read_pickle(place: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of a transformers directory."""
+    return [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+
+
+def require_plausible(config: Any, files: Sequence[Path], where: str) -> None:
+    """Refuse a configuration of a larger model than the files can hold, before anything is built from it.
+
+    A layer has at least one vector of the model's width, the vocabulary one row a token, a weight at least one bit.
+
+    Raises:
+        ModelError: the sizes contradict each other.
+    """
+    text = config.get_text_config()
+    size = sum(file.stat().st_size for file in files)
+    width = getattr(text, "hidden_size", 1)
+    for name in ("num_hidden_layers", "vocab_size"):
+        count = getattr(text, name, 0)
+        if size and isinstance(count, int) and isinstance(width, int) and count * max(width, 1) > 8 * size:
+            raise ModelError(
+                f"{where} says that its model has {name}={count} and a width of {width}, more than its {size} bytes of "
+                "weights can hold; the configuration is damaged or belongs to another model"
+            )
+
+
 def one_tensor(folder: Path, name: str) -> Tensor | None:
     """One tensor of a directory's safetensors file, fp32; None where there is no such name or file."""
     file = folder / "model.safetensors"

@@ -111,7 +111,16 @@ def fuzz(name: str, folder: Path, seconds: float, say: Callable[[str], None] = p
     while total["cpu_seconds"] < seconds and len(total["killed"]) < 10:
         (folder / "state.json").write_text(json.dumps({"runs": 0, "cpu_seconds": 0, "crashes": {}}))
         rest = str(seconds - total["cpu_seconds"])
-        command = [sys.executable, "-m", "tests.reliability.fuzz", name, "--worker", str(folder), "--seconds", rest]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.reliability.fuzz",
+            name,
+            "--worker",
+            str(folder),
+            "--seconds",
+            rest,
+        ]
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run(command, stdout=log, stderr=log)
         state = json.loads((folder / "state.json").read_text())
@@ -126,7 +135,9 @@ def fuzz(name: str, folder: Path, seconds: float, say: Callable[[str], None] = p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the status is 1 where something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("reader")
     parser.add_argument("--seconds", type=float, default=60, help="processor time (default 60)")
     parser.add_argument("--out", default="", help="result file; its folder gets what was found")

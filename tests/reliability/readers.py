@@ -208,7 +208,9 @@ def _jsonl_seeds() -> list[bytes]:
 
 def _csv_seeds() -> list[bytes]:
     text = io.StringIO()
-    csv.writer(text).writerows([["image", "caption", "long"], ["a.png", "a, b", 'two\n"lines"'], ["", "x", ""]])
+    csv.writer(text).writerows(
+        [["image", "caption", "long"], ["a.png", "a, b", 'two\n"lines"'], ["", "x", ""]]
+    )
     return [text.getvalue().encode(), b"\xef\xbb\xbfcaption\na\n"]
 
 

@@ -97,9 +97,24 @@ def run(tests: Sequence[str], compiler: str = "g++") -> dict[str, Any]:
     found: dict[str, Any] = {"sanitizers": SANITIZERS, "files": {}, "findings": []}
     for test in tests:
         start = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not dist", test]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu and not dist",
+            test,
+        ]
         done = subprocess.run(
-            command, cwd=WORK, env=environment(compiler), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=WORK,
+            env=environment(compiler),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         lines = done.stdout.strip().splitlines()
         entry = {"status": done.returncode, "seconds": round(time.monotonic() - start), "last": lines[-1:]}
@@ -113,7 +128,9 @@ def run(tests: Sequence[str], compiler: str = "g++") -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the status is 1 where a test failed or something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tests", nargs="*", help="test files; default: a short list")
     parser.add_argument("--all", action="store_true", help="every test of the ops")
     parser.add_argument("--out", default="", help="JSON file for the result")
