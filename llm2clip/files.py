@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,10 +163,24 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError) 
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{os.fspath(path)} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except OSError as problem:
+        raise error(f"{os.fspath(path)} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:  # not text, not JSON, numbers too long, nested too deep
         raise error(
             f"{os.fspath(path)} is not valid JSON ({problem}); it is damaged or half-copied"
         ) from None
+
+
+def require_regular(path: str | os.PathLike[str]) -> int:
+    """Size in bytes of a regular file; pipes and devices, whose reading may never end, are refused.
+
+    Raises:
+        OSError: there is none, or it is something else.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return found.st_size
 
 
 def file_state(path: str | os.PathLike[str]) -> str:
