@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
                 f"cannot write {os.fspath(path)}: a part of this path is a file, not a directory. Choose another path."
             ) from error
         raise
+
+
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory and those above it, where they are missing."""
+    with disk_errors(path):
+        os.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory among the machine's temporary files, removed at the end."""
+    with disk_errors(os.path.join(tempfile.gettempdir(), "llm2clip")):
+        made = tempfile.TemporaryDirectory(prefix="llm2clip-")
+    with made as name:
+        yield Path(name)
 
 
 def _os_error(error: BaseException | None) -> int | None:

@@ -6,6 +6,9 @@ Each command runs on tiny models and data. An attempt: start it, `kill -9` its p
 uniformly from an undisturbed run's duration, start it again, kill it again, up to three times; then let it end and
 compare every file (checkpoints, metrics, shards, reports) or every row (stores) with the undisturbed run. After each
 kill what is on disk must be whole.
+
+Tiny commands write for a small part of their time, so `--changes N` further kills come right before a change of a
+file (creation, rename, sync, removal), spread evenly over all those of the undisturbed runs.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ import argparse
 import json
 import os
 import random
-import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from llm2clip.files import write_json
 from tests.reliability import evidence
+from tests.reliability.faults import at_each_change, kill_at
 from tests.reliability.forks import run, start
-from tests.reliability.scenarios import NAMES, Facts, Scenario, build
+from tests.reliability.full_disk import undisturbed
+from tests.reliability.scenarios import NAMES, Scenario, build
 
 _CHAIN = 3  # kills of one attempt at most
 
@@ -41,13 +46,15 @@ class Tally:
         attempts: runs that were killed at least once, brought to their end and compared.
         survived: kills of attempts whose end equals the undisturbed run.
         failures: what went wrong otherwise, in words.
-        instants: seconds from the start of each killed process.
+        at_changes: kills right before a change of a file.
+        instants: seconds from the start of each process that was killed at a random instant.
     """
 
     seconds: float = 0.0
     kills: int = 0
     attempts: int = 0
     survived: int = 0
+    at_changes: int = 0
     failures: list[str] = field(default_factory=list)
     instants: list[float] = field(default_factory=list)
 
@@ -64,20 +71,13 @@ class Killer:
     def __init__(self, scenario: Scenario, logs: Path, rng: random.Random) -> None:
         self.scenario, self.tally = scenario, Tally()
         self._log, self._rng = logs / f"{scenario.name}.log", rng
-        self._facts, self.tally.seconds = self._undisturbed()
-
-    def _undisturbed(self) -> tuple[Facts, float]:
-        begin = time.monotonic()
-        self._clear()
-        self._finish()
-        seconds = time.monotonic() - begin
-        facts = self.scenario.facts(self.scenario.out)
-        assert facts, f"{self.scenario.name} left nothing to compare"
-        return facts, round(seconds, 3)
+        self._whole = undisturbed(scenario)
+        self.changes = self._whole.changes
+        self.tally.seconds = round(self._whole.seconds, 3)
 
     def attempt(self, most: int) -> int:
-        """One attempt with up to `most` kills; returns how many there were."""
-        self._clear()
+        """One attempt with up to `most` kills at random instants; returns how many there were."""
+        self.scenario.clear()
         kills = 0
         try:
             for _ in range(self._rng.randint(1, min(most, _CHAIN))):
@@ -95,13 +95,34 @@ class Killer:
                 self._compare()
                 self.tally.survived += kills
         except Exception as problem:
-            self.tally.failures.append(
-                f"after kills at {self.tally.instants[-kills:]} s: "
-                + "".join(traceback.format_exception_only(problem)).strip()
-            )
+            self._failed(f"kills at {self.tally.instants[-kills:]} s", problem)
         self.tally.kills += kills
         self.tally.attempts += kills > 0
         return kills
+
+    def attempt_at(self, change: int) -> None:
+        """One kill right before a change of a file."""
+        self.scenario.clear()
+        try:
+            child = run(
+                self.scenario.work,
+                self._log,
+                lambda: at_each_change(self.scenario.out.parent, kill_at(change)),
+            )
+            assert child.code == -signal.SIGKILL, f"exit status {child.code}: {child.shown()[-2000:]}"
+            self.scenario.check(self.scenario.out)
+            self._finish()
+            self._compare()
+            self.tally.survived += 1
+        except Exception as problem:
+            self._failed(f"a kill before {self.changes[change]}", problem)
+        self.tally.kills += 1
+        self.tally.attempts += 1
+        self.tally.at_changes += 1
+
+    def _failed(self, after: str, problem: Exception) -> None:
+        said = "".join(traceback.format_exception_only(problem)).strip()
+        self.tally.failures.append(f"after {after}: {said}")
 
     def _finish(self) -> None:
         child = run(self.scenario.work, self._log)
@@ -109,30 +130,34 @@ class Killer:
 
     def _compare(self) -> None:
         found = self.scenario.facts(self.scenario.out)
-        different = evidence.differences(found, self._facts)
+        different = evidence.differences(found, self._whole.facts)
         assert not different, f"differs from the undisturbed run: {', '.join(different[:10])}"
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.scenario.out, ignore_errors=True)
 
-
-def campaign(root: Path, kills: int, *, seed: int = 0, names: Sequence[str] = NAMES) -> dict[str, Tally]:
-    """Kill the named commands in turn until each had its share of `kills`.
+def campaign(
+    scenarios: Mapping[str, Scenario], root: Path, kills: int, changes: int, *, seed: int = 0
+) -> dict[str, Tally]:
+    """Kill the commands in turn until each had its share of `kills`.
 
     Args:
-        root: directory for models, data and outputs.
-        kills: kills over all commands.
+        scenarios: the commands.
+        root: directory for logs.
+        kills: kills at random instants over all commands.
+        changes: kills right before changes of files over all commands.
         seed: of the instants.
-        names: commands to attack.
     """
-    scenarios = build(root)
     rng = random.Random(seed)
-    killers = [Killer(scenarios[name], root, rng) for name in names]
+    killers = [Killer(scenario, root, rng) for scenario in scenarios.values()]
     done = 0
     while done < kills:
         killer = min(killers, key=lambda one: one.tally.kills)
-        done += killer.attempt(kills - done)
+        done += killer.attempt(max(1, (kills - done) // len(killers)))
         print(f"{done} of {kills} kills ({killer.scenario.name})", file=sys.stderr)
+    every = [(killer, change) for killer in killers for change in range(len(killer.changes))]
+    for number in range(min(changes, len(every))):
+        killer, change = every[number * len(every) // min(changes, len(every))]
+        killer.attempt_at(change)
+        print(f"{number + 1} of {changes} kills at changes ({killer.scenario.name})", file=sys.stderr)
     return {killer.scenario.name: killer.tally for killer in killers}
 
 
@@ -140,14 +165,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a campaign and write its result; 1 when a kill was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="kills over all commands (%(default)s)")
+    parser.add_argument("--changes", type=int, default=0, help="further kills before changes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (%(default)s)")
     parser.add_argument("--command", action="append", choices=NAMES, help="attack only this one; repeatable")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="llm2clip-kill-") as root:
-        tallies = campaign(Path(root), args.kills, seed=args.seed, names=args.command or NAMES)
+    with tempfile.TemporaryDirectory(prefix="llm2clip-kill-") as folder:
+        root = Path(folder)
+        built = build(root)
+        chosen = {name: built[name] for name in args.command or NAMES}
+        tallies = campaign(chosen, root, args.kills, args.changes, seed=args.seed)
     result = {
         "kills": sum(tally.kills for tally in tallies.values()),
         "survived": sum(tally.survived for tally in tallies.values()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +33,28 @@ class Scenario:
     """
 
     name: str
-    argv: Sequence[str]
+    argv: tuple[str, ...]
     out: Path
     facts: Callable[[Path], Facts]
     check: Callable[[Path], None]
 
     def work(self) -> int:
-        """Run the command in this process."""
+        """Run the command in this process, a child of the fork server."""
         from llm2clip.cli import main
 
+        tempfile.tempdir = str(temporary(self.out))
         return main(list(self.argv))
+
+    def clear(self) -> None:
+        """Remove what earlier runs left, temporary files too."""
+        for place in (self.out, temporary(self.out)):
+            shutil.rmtree(place, ignore_errors=True)
+        temporary(self.out).mkdir()
+
+
+def temporary(out: Path) -> Path:
+    """Where commands put temporary files: beside `out`, so that faults reach them."""
+    return out.parent / "tmp"
 
 
 NAMES = (
@@ -58,7 +72,7 @@ NAMES = (
 
 def build(root: Path) -> dict[str, Scenario]:
     """Write models and data below `root`, and load all modules that the commands need into this process."""
-    root.mkdir(parents=True, exist_ok=True)
+    temporary(root / "out" / "any").mkdir(parents=True)
 
     def fixtures() -> int:
         make_kit(root / "kit")
@@ -129,4 +143,7 @@ def _scenarios(root: Path) -> list[Scenario]:
             evidence.stores, evidence.check_stores,
         ),
     }  # fmt: skip
-    return [Scenario(name, argv, out / name, facts, check) for name, (argv, facts, check) in commands.items()]
+    return [
+        Scenario(name, tuple(argv), out / name, facts, check)
+        for name, (argv, facts, check) in commands.items()
+    ]
