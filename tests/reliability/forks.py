@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -125,6 +126,27 @@ def _run(work: Callable[[], int], log: Path, prepare: Prepare | None) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def during(owner: type, method: str, call: int, act: Callable[[], None]) -> Prepare:
+    """In the child: `act` at the beginning of the n-th call (from 0) of a method."""
+
+    def prepare() -> None:
+        original, calls = getattr(owner, method), iter(range(1 << 62))
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                act()
+            return original(*args, **kwargs)
+
+        setattr(owner, method, watched)
+
+    return prepare
+
+
+def to_group(number: int) -> Callable[[], None]:
+    """What sends a signal to the whole group of the process that calls it."""
+    return lambda: os.killpg(os.getpgid(0), number)
 
 
 def run(work: Callable[[], int], log: Path, prepare: Prepare | None = None) -> Child:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,11 @@ from llm2clip.training.clip_reader import Reader
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.llm_task import LLMTask
 from tests.reliability import evidence
-from tests.reliability.forks import Prepare, run, start
+from tests.reliability.forks import Prepare, during, run, start, to_group
 from tests.reliability.full_disk import undisturbed
 from tests.reliability.scenarios import Scenario, temporary
 
 Scenarios = dict[str, Scenario]
-
-
-def _during(owner: type, method: str, call: int, act: Callable[[], None]) -> Prepare:
-    """In the child: `act` at the beginning of the n-th call of a method."""
-
-    def prepare() -> None:
-        original, calls = getattr(owner, method), iter(range(1 << 62))
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == call:
-                act()
-            return original(*args, **kwargs)
-
-        setattr(owner, method, watched)
-
-    return prepare
-
-
-def _to_group(number: int) -> Callable[[], None]:
-    return lambda: os.killpg(os.getpgid(0), number)
 
 
 def _stop_then_finish(scenario: Scenario, log: Path, prepare: Prepare, code: int) -> str:
@@ -70,7 +49,7 @@ def test_training_finishes_its_step(
     scenarios: Scenarios, log: Path, name: str, task: type, number: int, code: int
 ) -> None:
     # to the workers of `train` too, which must still deliver the samples of this step
-    at = _during(task, "chunks", 4, _to_group(number))
+    at = during(task, "chunks", 4, to_group(number))
     shown = _stop_then_finish(scenarios[name], log, at, code)
     assert "step_00000005" in shown and "step_00000006" not in shown
 
@@ -107,13 +86,13 @@ def test_embedding_keeps_what_is_computed(
     scenarios: Scenarios, log: Path, name: str, number: int, code: int
 ) -> None:
     shown = _stop_then_finish(
-        scenarios[name], log, _during(StoreWriter, "_commit_pending", 3, _to_group(number)), code
+        scenarios[name], log, during(StoreWriter, "_commit_pending", 3, to_group(number)), code
     )
     assert "part-" in shown or "shard-" in shown
 
 
 def test_a_data_set_that_was_stopped_is_built_anew(scenarios: Scenarios, log: Path) -> None:
-    at = _during(ShardWriter, "add", 5, _to_group(signal.SIGTERM))
+    at = during(ShardWriter, "add", 5, to_group(signal.SIGTERM))
     assert _stop_then_finish(scenarios["data"], log, at, 143) == ""
     assert list(temporary(scenarios["data"].out).glob("llm2clip-*")) == []  # where the package was unpacked
 
@@ -129,7 +108,7 @@ def test_the_second_signal_ends_at_once(scenarios: Scenarios, log: Path, name: s
         inside.touch()
         time.sleep(60)
 
-    child = start(scenario.work, log, _during(owner, method, 2, hang))
+    child = start(scenario.work, log, during(owner, method, 2, hang))
     end = time.monotonic() + 60
     while not inside.exists():
         assert child.alive() and time.monotonic() < end, child.shown()
