@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.data.loader import Position
-from llm2clip.errors import ConfigError, DataError
+from llm2clip.errors import ConfigError, DataError, TrainingError
 from llm2clip.models.adapter import TextAdapter
 from llm2clip.settings import RunSettings
 from llm2clip.training import flops
