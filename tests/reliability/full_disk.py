@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fill the disk at every place and write the result; 1 when one was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--command", action="append", choices=NAMES, help="attack only this one; repeatable")
+    parser.add_argument("--places", type=int, help="at most so many of each command, spread evenly; else all")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
     begin, failures, counts = time.monotonic(), [], {}
@@ -110,19 +111,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = Path(folder)
         scenarios, log = build(root), root / "child.log"
         for name in args.command or NAMES:
-            found = places(scenarios[name])
-            counts[name] = len(found)
-            print(f"{name}: {len(found)} places", file=sys.stderr)
-            for number, change in enumerate(found):
+            found = list(enumerate(places(scenarios[name])))
+            tried = min(args.places or len(found), len(found))
+            counts[name] = {"places": len(found), "tried": tried, "survived": 0}
+            for number, change in (found[n * len(found) // tried] for n in range(tried)):
                 try:
                     fill(scenarios[name], log, number)
+                    counts[name]["survived"] += 1
                 except Exception as problem:
                     said = "".join(traceback.format_exception_only(problem)).strip()
                     failures.append(f"{name}, full from change {number} on ({change}): {said}")
-    total = sum(counts.values())
+            print(f"{name}: {counts[name]}", file=sys.stderr)
     result = {
-        "places": total,
-        "survived": total - len(failures),
+        "tried": sum(count["tried"] for count in counts.values()),
+        "survived": sum(count["survived"] for count in counts.values()),
         "seconds": round(time.monotonic() - begin, 1),
         "commands": counts,
         "failures": failures,
