@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llm2clip.errors import UserError
+from llm2clip.training.signals import unwound
 
 Handler = Callable[[argparse.Namespace], int]
 TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "safetensors", "matplotlib")
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        _quiet_libraries(args)
-        return args.handler(args)
+        with unwound():
+            _quiet_libraries(args)
+            return args.handler(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):  # the reader of our output went away (`| head`): nothing to report, nobody to tell
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except SystemExit as stop:  # a signal: the step was finished and a checkpoint written
+    except SystemExit as stop:  # a signal: the step was finished, or what was half-written removed
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
