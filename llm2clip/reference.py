@@ -15,6 +15,7 @@ from llm2clip.settings import (
     ExportSettings,
     FinetuneLLMSettings,
     LinearProbeSettings,
+    PlanSettings,
     RetrievalSettings,
     SearchSettings,
     TrainSettings,
@@ -34,6 +35,7 @@ COMMANDS: tuple[type, ...] = (
     LinearProbeSettings,
     ExportSettings,
     SearchSettings,
+    PlanSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
