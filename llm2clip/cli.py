@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | plan`."""
+"""Commands: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | plan`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,12 +155,17 @@ class _Runner:
         *,
         checkpointing: bool = False,
     ) -> None:
+        own = lora
+        if own is not None and own.fused == "auto":
+            # of dropout the fused layers keep a seed, whose value the CPU's kernel wants to know
+            own = replace(own, dropout=0.0)
+
         def build() -> nn.Module:
             model: Any = decoder(config, layers).to(DTYPES[llm.dtype]).requires_grad_(False)
             bidirectional.set_attention(model, bidirectional=llm.bidirectional)
             if llm.layout != "padded" and not packed.refusal(model, llm.max_length):
                 packed.install(model)
-            adapted: nn.Module = add_lora(model, lora) if lora is not None and lora.rank else model
+            adapted: nn.Module = add_lora(model, own) if own is not None and own.rank else model
             if checkpointing:
                 base_model(adapted).gradient_checkpointing_enable({"use_reentrant": False})
             return adapted
@@ -179,7 +184,10 @@ class _Runner:
             return attention(q) * 5 // 2
 
         # the trainer's own formulas read the lengths, which have no values here
-        formulas = {_KERNELS.packed_attention: attention, _KERNELS.packed_attention_backward: attention_backward}
+        formulas = {
+            _KERNELS.packed_attention: attention,
+            _KERNELS.packed_attention_backward: attention_backward,
+        }
         for formula in formulas.values():
             setattr(formula, "_get_raw", True)  # noqa: B010
         return self._model.flops(lambda: self._captions(1), self._embed, train=train, formulas=formulas)
@@ -192,8 +200,13 @@ class _Runner:
         tokens = self._tokens
         if not self._packed:
             return torch.zeros(count, tokens, dtype=torch.int64)
-        places, edges = torch.zeros(count * tokens, dtype=torch.int64), torch.zeros(count + 1, dtype=torch.int32)
-        return PackedBatch(places, torch.zeros_like(places), edges, torch.zeros(count, dtype=torch.int64), tokens)
+        places, edges = (
+            torch.zeros(count * tokens, dtype=torch.int64),
+            torch.zeros(count + 1, dtype=torch.int32),
+        )
+        return PackedBatch(
+            places, torch.zeros_like(places), edges, torch.zeros(count, dtype=torch.int64), tokens
+        )
 
     def _embed(self, module: Any, batch: Any) -> Tensor:
         if isinstance(batch, PackedBatch):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from llm2clip.errors import ConfigError
 from llm2clip.plan.stages import GIB, Planner, StagePlan
 from llm2clip.settings import EmbedSettings, FinetuneLLMSettings, TrainSettings
 
@@ -33,8 +34,10 @@ class Remedy:
         return " ".join(f"{name}={_written(value)}" for name, value in self.changes)
 
 
-def remedies(settings: S, plan_of: Callable[[S], StagePlan], changes: Sequence[Sequence[Change]], memory: float) -> list[Remedy]:
-    """What makes a step fit: every single change that does; where none does, the shortest row of them all.
+def remedies(
+    settings: S, plan_of: Callable[[S], StagePlan], changes: Sequence[Sequence[Change]], memory: float
+) -> list[Remedy]:
+    """What makes a step fit: every single change that does; where none does, several, the cheapest kinds first.
 
     Args:
         settings: of the step.
@@ -43,36 +46,35 @@ def remedies(settings: S, plan_of: Callable[[S], StagePlan], changes: Sequence[S
         memory: bytes there are on a GPU.
 
     Returns:
-        Remedies that fit, or one that does not: the best there is. Empty without any change to try.
+        Remedies that fit, or one that does not: all changes together. Empty where there is nothing to change.
     """
-    found, last = [], None
-    for kind in changes:
-        remedy = _mildest(settings, plan_of, kind, memory, ())
-        if remedy is not None and remedy.fits:
-            found.append(remedy)
-    if found:
+    kinds = [kind for kind in changes if kind]
+    tried = [_mildest(settings, plan_of, [(change,) for change in kind], memory) for kind in kinds]
+    found = [remedy for remedy in tried if remedy is not None and remedy.fits]
+    if found or not kinds:
         return found
-    row: tuple[Change, ...] = ()
-    for kind in changes:
-        remedy = _mildest(settings, plan_of, kind, memory, row)
-        if remedy is None:
-            continue
-        last, row = remedy, remedy.changes
-        if remedy.fits:
+    best = None
+    for count in range(2, len(kinds) + 1):
+        others = tuple(kind[-1] for kind in kinds[1:count])
+        remedy = _mildest(settings, plan_of, [(first, *others) for first in kinds[0]], memory)
+        best = remedy or best
+        if best is not None and best.fits:
             break
-    return [last] if last is not None else []
+    return [best] if best is not None else []
 
 
 def _mildest(
-    settings: S, plan_of: Callable[[S], StagePlan], kind: Sequence[Change], memory: float, row: tuple[Change, ...]
+    settings: S, plan_of: Callable[[S], StagePlan], rows: Sequence[tuple[Change, ...]], memory: float
 ) -> Remedy | None:
-    """The first value of a kind of change that fits beside those of `row`, else the last that may be tried."""
+    """The first row of changes that fits, else the last one; None where the settings refuse them all."""
     remedy = None
-    for change in kind:
-        changes = (*row, change)
-        changed = settings
-        for name, value in changes:
-            changed = with_setting(changed, name, value)
+    for changes in rows:
+        try:
+            changed = settings
+            for name, value in changes:
+                changed = with_setting(changed, name, value)
+        except ConfigError:  # they exclude each other
+            continue
         plan = plan_of(changed)
         remedy = Remedy(changes, plan, plan.total <= memory)
         if remedy.fits:
@@ -88,7 +90,9 @@ def changes_of(stage: Any, planner: Planner) -> list[list[Change]]:
         return [
             [("token_budget", n) for n in _halves(budget, _SMALLEST_TOKENS)],
             [("llm.dtype", "bf16")] if stage.llm.dtype == "fp32" else [],
-            [("llm.quantization", kind) for kind in ("8bit", "4bit")] if stage.llm.quantization == "none" else [],
+            [("llm.quantization", kind) for kind in ("8bit", "4bit")]
+            if stage.llm.quantization == "none"
+            else [],
         ]
     local = -(-stage.run.batch_size // plan.gpus)
     sharded = [[("run.parallel", "fsdp")] if many and stage.run.parallel == "ddp" else []]

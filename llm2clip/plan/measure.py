@@ -1,8 +1,8 @@
 """Memory and FLOPs of a training step, found by running the real modules on tensors without values.
 
-Nothing is estimated by formulas for one architecture: torch's FakeTensorMode runs every operator for its shapes alone, so
-a model of eight billion parameters is run in seconds, in no memory. It follows torch's rules for the CPU, where fused
-attention saves what it saves on a GPU; workspaces of libraries, and whatever an allocator loses, are not in it.
+Nothing is estimated by formulas for one architecture: torch's FakeTensorMode runs every operator for its shapes alone,
+so a model of eight billion parameters is run in seconds, in no memory. It follows torch's rules for the CPU, where
+fused attention saves what it saves on a GPU; workspaces of libraries, and what an allocator loses, are not in it.
 """
 
 from __future__ import annotations

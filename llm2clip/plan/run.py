@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -14,8 +15,8 @@ from llm2clip.plan.stages import GIB, Planner, StagePlan
 from llm2clip.settings import PlanSettings
 
 _NOTE = (
-    "Counted by running both models on tensors without values, by torch's rules for a CPU; not yet compared with a GPU. "
-    "Reading and decoding data is not counted: a run waits for it where CPUs are slower than the GPU."
+    "Counted by running both models on tensors without values, by torch's rules for a CPU; not yet compared with a "
+    "GPU. Reading and decoding data is not counted: a run waits for it where CPUs are slower than the GPU."
 )
 
 
@@ -27,11 +28,15 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
         ModelError: a model cannot be planned with.
     """
     if not (settings.llm or settings.finetune.llm.path):
-        raise ConfigError("llm is empty; name one, for example llm=llama-3.1-8b, or a directory with a config.json")
+        raise ConfigError(
+            "llm is empty; name one, for example llm=llama-3.1-8b, or a directory with a config.json"
+        )
     if settings.pairs < 1:
         raise ConfigError("pairs: expected the number of training images, for example pairs=15000000")
     if settings.finetune.objective == "mntp":
-        raise ConfigError("finetune.objective: a plan covers contrastive and simcse; plan mntp's memory as contrastive")
+        raise ConfigError(
+            "finetune.objective: a plan covers contrastive and simcse; plan mntp's memory as contrastive"
+        )
     planner = Planner(settings)
     _say("counting the LLM")
     decoder, _ = planner.sizes()
@@ -69,6 +74,8 @@ def run_plan(settings: PlanSettings) -> int:
     Raises:
         UserError: as `make_plan`, or the file cannot be written.
     """
+    for name in ("llm2clip.integrations.peft", "llm2clip_kernels"):  # nothing that they report is run
+        logging.getLogger(name).setLevel(logging.WARNING)
     plan = make_plan(settings)
     print(render(plan))
     if settings.out:
@@ -142,7 +149,9 @@ def _advice(step: dict[str, Any], memory_gib: float) -> list[str]:
         if remedy["fits"]:
             lines.append(f"  {remedy['command']}: {size}, {hours} hours")
         else:
-            lines.append(f"  even with {remedy['command']}: {size}; take GPUs with more memory, or a smaller model")
+            lines.append(
+                f"  even with {remedy['command']}: {size}; take GPUs with more memory, or a smaller model"
+            )
     return lines
 
 

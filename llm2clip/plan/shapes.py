@@ -45,7 +45,9 @@ LLMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _vit(kind: str, width: int, hidden: int, layers: int, heads: int, patch: int, image: int) -> dict[str, Any]:
+def _vit(
+    kind: str, width: int, hidden: int, layers: int, heads: int, patch: int, image: int
+) -> dict[str, Any]:
     return {
         "model_type": kind, "hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers,
         "num_attention_heads": heads, "patch_size": patch, "image_size": image,

@@ -127,9 +127,7 @@ class Planner:
             "reserve (assumed)": plan.reserve_gib * GIB,
         }
         count = plan.pairs * plan.captions_per_image
-        return self._plan(
-            "embed", memory, count, cost.forward_flops, 0.0, stage.llm.dtype, plan.embed_mfu
-        )
+        return self._plan("embed", memory, count, cost.forward_flops, 0.0, stage.llm.dtype, plan.embed_mfu)
 
     def train(self, stage: TrainSettings) -> StagePlan:
         """The CLIP stage: tower, adapter and projection against stored embeddings."""
@@ -257,9 +255,7 @@ def _gpu(settings: PlanSettings) -> GPU:
         found = find_gpu(settings.gpu)
         return GPU(memory or found.memory_gib, peak or found.tflops, peak or found.fp32_tflops)
     if memory is None or peak is None:
-        raise ConfigError(
-            "gpu is empty; name it (gpu=H100), or set both gpu_memory_gib and peak_tflops"
-        )
+        raise ConfigError("gpu is empty; name it (gpu=H100), or set both gpu_memory_gib and peak_tflops")
     return GPU(memory, peak, peak)
 
 
@@ -278,9 +274,7 @@ def _trained(count: int, optim: OptimSettings, *, ddp: bool) -> dict[str, float]
     return memory
 
 
-def _features(
-    local: int, sides: int, columns: int, dim: int, cached: bool, everywhere: bool
-) -> float:
+def _features(local: int, sides: int, columns: int, dim: int, cached: bool, everywhere: bool) -> float:
     """Bytes of the features of a batch, of their gradients where they are cached, and of what ranks gather."""
     own = local * sides * dim * _FP32 * (2 if cached else 1)
     gathered = 2 * columns * dim * _FP32 if everywhere else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,9 +109,7 @@ class ClipModel:
     def images_through(self, count: int, precision: str) -> Images:
         """Run `count` images, at which memory is exact; for other numbers it is a line through two."""
         counts = sorted({max(1, count // 2), count})
-        most = [
-            self._runner.peak(lambda n=n: self._batch(n), _outputs, precision=precision) for n in counts
-        ]
+        most = [self._runner.peak(partial(self._batch, n), _outputs, precision=precision) for n in counts]
         each = (most[-1] - most[0]) / (counts[-1] - counts[0]) if len(counts) > 1 else float(most[0])
         flops = self.flops()
         return Images(*flops, most[-1] - each * counts[-1], each)
@@ -178,4 +177,3 @@ def loss_workspace(rows: int, columns: int, dim: int) -> float:
     peak = Valueless(_Nothing).peak(inputs, loss, train=False)
     # rows that were not run have a gradient too
     return peak - given + 4 * (rows - run) * dim
-
