@@ -13,7 +13,7 @@ from llm2clip.models.llm_files import DTYPES
 from llm2clip.models.lora import add_lora, base_model
 from llm2clip.models.packed import PackedBatch, model_inputs, pool_packed
 from llm2clip.models.pooling import pool
-from llm2clip.plan.measure import Flops, Valueless
+from llm2clip.plan.measure import Flops, Valueless, line_through
 from llm2clip.plan.shapes import decoder, layer_period
 from llm2clip.settings import LLMSettings, LoraSettings, Quantization
 
@@ -132,12 +132,11 @@ def captions_through(
         (few, many), (low, high) = depths, values
         return low + (high - low) * (total - few) / (many - few)
 
-    most = [whole([float(peaks[depth, n]) for depth in depths]) for n in counts]
-    each = (most[-1] - most[0]) / (counts[-1] - counts[0]) if len(counts) > 1 else most[0]
+    fixed, each = line_through({n: whole([float(peaks[depth, n]) for depth in depths]) for n in counts})
     return Captions(
         whole([flops[depth].forward for depth in depths]),
         whole([flops[depth].backward for depth in depths]),
-        most[-1] - each * counts[-1],
+        fixed,
         each,
     )
 

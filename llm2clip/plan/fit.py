@@ -55,7 +55,7 @@ def remedies(
         return found
     best = None
     for count in range(2, len(kinds) + 1):
-        others = tuple(kind[-1] for kind in kinds[1:count])
+        others: tuple[Change, ...] = tuple(kind[-1] for kind in kinds[1:count])
         remedy = _mildest(settings, plan_of, [(first, *others) for first in kinds[0]], memory)
         best = remedy or best
         if best is not None and best.fits:

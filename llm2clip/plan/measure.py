@@ -73,6 +73,19 @@ class Flops:
     backward: float
 
 
+def line_through(peaks: Mapping[int, float]) -> tuple[float, float]:
+    """Bytes whatever the count, and for each: a line through one or two measured (count -> bytes), exact at the larger.
+
+    Where the line would begin below zero (operators choose other ways at larger sizes) all bytes count as each one's,
+    which is more than smaller counts take.
+    """
+    most = max(peaks)
+    least = min(peaks)
+    each = (peaks[most] - peaks[least]) / (most - least) if most > least else peaks[most] / most
+    fixed = peaks[most] - each * most
+    return (fixed, each) if fixed >= 0 else (0.0, peaks[most] / most)
+
+
 class Valueless:
     """A module whose tensors have shapes and no values.
 

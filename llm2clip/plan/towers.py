@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm2clip.errors import ConfigError
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.plan.measure import Valueless
+from llm2clip.plan.measure import Valueless, line_through
 from llm2clip.plan.shapes import vision_tower
 from llm2clip.settings import TrainSettings, VisionSettings
 from llm2clip.training.clip_batch import ImageTexts
@@ -108,11 +108,11 @@ class ClipModel:
 
     def images_through(self, count: int, precision: str) -> Images:
         """Run `count` images, at which memory is exact; for other numbers it is a line through two."""
-        counts = sorted({max(1, count // 2), count})
-        most = [self._runner.peak(partial(self._batch, n), _outputs, precision=precision) for n in counts]
-        each = (most[-1] - most[0]) / (counts[-1] - counts[0]) if len(counts) > 1 else float(most[0])
-        flops = self.flops()
-        return Images(*flops, most[-1] - each * counts[-1], each)
+        peaks = {
+            n: float(self._runner.peak(partial(self._batch, n), _outputs, precision=precision))
+            for n in (max(1, count // 2), count)
+        }
+        return Images(*self.flops(), *line_through(peaks))
 
     def flops(self) -> tuple[float, float]:
         """FLOPs of one image's forward and backward, whatever gradient checkpointing recomputes left out."""
@@ -144,6 +144,7 @@ def _outputs(module: nn.Module, batch: ImageTexts) -> Tensor:
     return torch.cat([output.float().flatten() for output in outputs])
 
 
+@lru_cache(maxsize=256)
 def loss_workspace(rows: int, columns: int, dim: int) -> float:
     """Bytes that the contrastive loss takes beside its inputs, its gradients included.
 
