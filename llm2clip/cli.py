@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search`."""
+"""Commands: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | plan`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     search.add_argument(
         "--images", action="append", help="folder of images, or a source; may be repeated; as images=[...]"
     )
+
+    _add_configured(commands, "plan", "memory, disk and hours of both stages, before anything starts", _plan)
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -273,6 +275,16 @@ def _search(args: argparse.Namespace) -> int:
         from llm2clip.search.run import run_search
 
         run_search(settings)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from llm2clip.settings import PlanSettings
+
+    if (settings := _settings(args, PlanSettings)) is not None:
+        from llm2clip.plan.run import run_plan
+
+        return run_plan(settings)
     return 0
 
 
