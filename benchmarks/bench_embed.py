@@ -1,16 +1,20 @@
 """Captions per second through an LLM: packed, against a padded transformers loop in data order and by length.
 
-python -m benchmarks.bench_embed --captions 384 --rounds 2
+python -m benchmarks.bench_embed                 # a few minutes on two cores
+python -m benchmarks.bench_embed --dtype bf16    # weights and states in bf16, for all
 
-The padded loop hands padded batches to the transformers model, which builds its masks and attends with SDPA, and
-takes the mean of the real tokens' states. First every setting runs on `--probe` captions; then the best batch
-size of each loop and the best token budget run on all captions, interleaved. Embeddings are compared before
-anything is timed. All start from token ids: tokenising is the same for all, and a thousandth of the time.
+`padded`: what one writes with transformers alone: padded batches in data order, the model's own masks and SDPA, the
+mean of the real tokens' states. `sorted`: the same loop over captions sorted by length, as LLM2Vec and
+sentence-transformers do. `packed`: `CaptionEncoder.encode_tokens` as it comes. First every batch size of the loops
+runs on `--probe` captions; then the best of each runs on all captions beside ours, interleaved. Embeddings are
+compared before anything is timed. All start from token ids: tokenising is the same for all, and a thousandth of the
+time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,11 +25,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import captions, harness
+from benchmarks.report import table
 from llm2clip.models import CaptionEncoder
 from llm2clip.models.tokens import Tokens
 
 # embeddings further than this from those of one caption at a time are wrong, and not timed
 ERROR_LIMIT = {"fp32": 1e-4, "bf16": 5e-2}
+Embed = Callable[[Sequence[Tokens]], Tensor]
 
 
 @torch.no_grad()
@@ -58,23 +64,32 @@ def padding_share(tokens: Sequence[Tokens], batch: int, *, by_length: bool) -> f
 
 def providers(
     packed: CaptionEncoder, padded: CaptionEncoder, options: argparse.Namespace
-) -> dict[str, Callable[[Sequence[Tokens]], Tensor]]:
-    """Name -> embeddings of tokens."""
-    found: dict[str, Callable[[Sequence[Tokens]], Tensor]] = {}
-    for batch in options.batch:
-        found[f"padded {batch}"] = lambda t, b=batch: padded_loop(padded, t, b, by_length=False)  # type: ignore[misc]
-    for batch in options.sorted_batch:
-        found[f"sorted {batch}"] = lambda t, b=batch: padded_loop(padded, t, b, by_length=True)  # type: ignore[misc]
-    for budget in options.budget:
-        found[f"packed {budget}"] = lambda t, b=budget: packed.encode_tokens(t, token_budget=b)  # type: ignore[misc]
+) -> dict[str, Embed]:
+    """Name and setting -> embeddings of tokens."""
+    found: dict[str, Embed] = {}
+    for name, sizes in (("padded", options.batch), ("sorted", options.sorted_batch)):
+        for batch in sizes:
+            found[f"{name} {batch}"] = functools.partial(
+                padded_loop, padded, batch=batch, by_length=name == "sorted"
+            )
+    for budget in options.budget or [0]:
+        found[f"packed {budget}"] = functools.partial(packed.encode_tokens, token_budget=budget)
     return found
+
+
+def embedding_errors(
+    timed: dict[str, Embed], padded: CaptionEncoder, sample: Sequence[Tokens]
+) -> dict[str, float]:
+    """Relative errors against one caption at a time with the model's own attention."""
+    want = padded_loop(padded, sample, 1, by_length=False)
+    return {p: harness.relative_error(run(sample), want) for p, run in timed.items()}
 
 
 def row_of(name: str, times: list[float], tokens: Sequence[Tokens], phase: str) -> dict[str, Any]:
     """One line of the result."""
     kind, size = name.split()
-    row: dict[str, Any] = {"provider": kind, "batch" if kind != "packed" else "token_budget": int(size)}
-    row |= {"phase": phase, "captions": len(tokens)}
+    row: dict[str, Any] = {"provider": kind, "phase": phase, "captions": len(tokens)}
+    row |= {"token_budget": int(size) or "default"} if kind == "packed" else {"batch": int(size)}
     row |= {key: round(value, 1) for key, value in harness.summarize(times).items()}
     row["captions_per_s"] = round(len(tokens) / row["median_ms"] * 1e3, 2)
     row["tokens_per_s"] = round(sum(len(t.ids) for t in tokens) / row["median_ms"] * 1e3, 1)
@@ -83,64 +98,70 @@ def row_of(name: str, times: list[float], tokens: Sequence[Tokens], phase: str) 
     return row
 
 
-def main(arguments: list[str] | None = None) -> None:
+def measure(
+    timed: dict[str, Embed], tokens: Sequence[Tokens], errors: dict[str, float], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of the probe, and of the best setting of each provider over all tokens."""
+    probe = tokens[: options.probe]
+    times = _interleaved(timed, probe, 1)
+    rows = [row_of(p, times[p], probe, "probe") for p in timed]
+    print("probe:", {p: f"{row['captions_per_s']}/s" for p, row in zip(timed, rows, strict=True)}, flush=True)
+    best = {
+        kind: min((p for p in timed if p.startswith(kind)), key=lambda p: times[p][0])
+        for kind in ("padded", "sorted", "packed")
+    }
+    times = _interleaved({p: timed[p] for p in best.values()}, tokens, options.rounds)
+    for p in best.values():
+        row = row_of(p, times[p], tokens, "best") | {"error": float(f"{errors[p]:.1e}")}
+        for kind in ("padded", "sorted"):
+            row[f"over_{kind}"] = round(1 / harness.ratio_to(times[p], times[best[kind]]), 2)
+        rows.append(row)
+    return rows
+
+
+def _interleaved(timed: dict[str, Embed], tokens: Sequence[Tokens], rounds: int) -> dict[str, list[float]]:
+    calls = {p: functools.partial(run, tokens) for p, run in timed.items()}
+    return harness.interleave(calls, rounds=rounds, warmup=0, device="cpu")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--captions", type=int, default=384)
-    parser.add_argument("--probe", type=int, default=64, help="captions on which every setting is tried")
+    parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--probe", type=int, default=48, help="captions on which every setting is tried")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--sorted-batch", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--budget", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--sorted-batch", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--budget", type=int, nargs="+", help="token budgets of ours; default: its own")
     parser.add_argument("--model", type=Path, help="transformers directory; default: SmolLM2-135M")
     parser.add_argument("--data", type=Path, default=captions.OPENSTAX, help="folder of WebDataset tars")
     parser.add_argument("--dtype", default="fp32", choices=list(ERROR_LIMIT))
     parser.add_argument("--causal", action="store_true", help="causal instead of bidirectional attention")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     found, source = captions.pairs(-(-options.captions // 2), options.data)
     with tempfile.TemporaryDirectory() as folder:
-        packed, padded = (
+        (packed, name), (padded, _) = (
             captions.encoder(options.model, Path(folder), layout=layout, bidirectional=not options.causal)
             for layout in ("packed", "padded")
         )
-    name = packed[1]
-    for encoder, _ in (packed, padded):
+    for encoder in (packed, padded):
         encoder.model.to(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
         encoder.eval()
-    tokens = packed[0].tokenize([text for pair in found for text in pair][: options.captions])
-    timed = providers(packed[0], padded[0], options)
-
-    sample = tokens[:12]
-    want = padded_loop(padded[0], sample, 1, by_length=False)
-    errors = {p: ((run(sample) - want).norm() / want.norm()).item() for p, run in timed.items()}
-    wrong = {p: error for p, error in errors.items() if not error <= ERROR_LIMIT[options.dtype]}
-    if wrong:
-        sys.exit(f"wrong embeddings, not timed: {wrong}")
-
-    rows = []
-    probe = tokens[: options.probe]
-    times = harness.interleave({p: lambda r=run: r(probe) for p, run in timed.items()}, rounds=1, warmup=0)  # type: ignore[misc]
-    for p in timed:
-        rows.append(row_of(p, times[p], probe, "probe"))
-        print(rows[-1], flush=True)
-    best = {
-        kind: min((p for p in timed if p.startswith(kind)), key=lambda p: times[p][0])
-        for kind in ("padded", "sorted", "packed")
-    }
-    final = {p: timed[p] for p in best.values()}
-    times = harness.interleave(
-        {p: lambda r=run: r(tokens) for p, run in final.items()}, rounds=options.rounds, warmup=0
-    )  # type: ignore[misc]
-    for p in final:
-        row = row_of(p, times[p], tokens, "best")
-        row["speedup_over_padded"] = round(1 / harness.ratio_to(times[p], times[best["padded"]]), 2)
-        row["speedup_over_sorted"] = round(1 / harness.ratio_to(times[p], times[best["sorted"]]), 2)
-        row |= {"error": f"{errors[p]:.1e}", "model": name, "data": source, "dtype": options.dtype}
-        rows.append(row)
-        print(row, flush=True)
+    tokens = packed.tokenize([text for pair in found for text in pair][: options.captions])
+    timed = providers(packed, padded, options)
+    errors = embedding_errors(timed, padded, tokens[:12])
+    if fault := harness.wrong(errors, ERROR_LIMIT[options.dtype]):
+        sys.exit(f"wrong embeddings, not timed: {fault}")
+    rows = measure(timed, tokens, errors, options)
+    for row in rows:
+        row |= {"model": name, "data": source, "dtype": options.dtype}
+    print(table(rows, {title: title for row in rows for title in row if title not in ("p20_ms", "p80_ms")}))
     if not options.no_save:
         print(harness.save(f"embed_{options.dtype}", rows))
 

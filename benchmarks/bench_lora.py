@@ -1,12 +1,13 @@
-"""A LoRA layer, forward alone and forward with backward: ours against peft, peft compiled, and unsloth's formulation.
+"""A LoRA layer, forward alone and forward with backward: ours against peft, peft compiled, and two formulations.
 
 python -m benchmarks.bench_lora                                  # SmolLM2-135M's layers and 2048²
 python -m benchmarks.bench_lora --dropout 0.05 --t 4096 --r 16   # other rows, ranks, dropout
 
 The base weight is frozen, as in training: gradients are those of x, A and B. "x_over_ours" is the median over rounds
 of a provider's time over ours in the same round: above 1, ours is faster. "base" is the plain linear layer, what a
-LoRA layer cannot be cheaper than. Inputs: "float32" all fp32; "bfloat16" all bf16; "adapters" bf16 with fp32 adapters,
-peft's default on a bf16 model; "autocast" fp32 weights under autocast to bf16.
+LoRA layer cannot be cheaper than; the others are described in `lora_peers`. Inputs: "float32" all fp32; "bfloat16"
+all bf16; "adapters" bf16 with fp32 adapters, peft's default on a bf16 model; "autocast" fp32 weights under autocast to
+bf16. At the end stands where peft was faster, if anywhere.
 """
 
 from __future__ import annotations
@@ -14,149 +15,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from benchmarks import harness
-from benchmarks.providers import Provider, Registry, relative_error
-from llm2clip_kernels import lora_linear
+from benchmarks.lora_peers import PROVIDERS, SCALING, Case, Layer
+from benchmarks.providers import relative_error
+from benchmarks.report import table
 from llm2clip_kernels.lora_linear import lora_linear_reference
 
 # SmolLM2-135M: q, o; k, v; gate, up; down; and a square one of larger models
 SHAPES = ("576x576", "576x192", "576x1536", "1536x576", "2048x2048")
 KINDS = ("float32", "autocast", "bfloat16", "adapters")
-SCALING = 2.0
 # a provider further than this from fp64 is wrong, and its speed is not printed
 ERROR_LIMIT = {"float32": 1e-5, "autocast": 3e-2, "bfloat16": 3e-2, "adapters": 3e-2}
+# what two runs of one function differ by on a quiet machine
+NOISE = 0.02
 # fp64 is slow: results are checked on so many rows
 CHECK_ROWS = 256
-
-Call = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """T rows through an N×K layer of rank R."""
-
-    t: int
-    k: int
-    n: int
-    r: int
-    kind: str
-    dropout: float = 0.0
-    device: str = "cpu"
-
-
-class Layer:
-    """The tensors of one case: x (T, K), weight (N, K) frozen, a (R, K), b (N, R), and the upstream gradient."""
-
-    def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(0)
-        base = torch.bfloat16 if case.kind in ("bfloat16", "adapters") else torch.float32
-        low = torch.bfloat16 if case.kind == "bfloat16" else torch.float32
-
-        def make(rows: int, cols: int, scale: float, dtype: torch.dtype) -> Tensor:
-            return (torch.randn(rows, cols, generator=generator) * scale).to(case.device, dtype)
-
-        self.case = case
-        self.x = make(case.t, case.k, 1.0, base).requires_grad_()
-        self.weight = make(case.n, case.k, case.k**-0.5, base)
-        self.a = make(case.r, case.k, case.k**-0.5, low).requires_grad_()
-        self.b = make(case.n, case.r, 0.3 * case.r**-0.5, low).requires_grad_()
-        self.upstream = make(case.t, case.n, 1.0, base if case.kind != "autocast" else torch.bfloat16)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.case.kind == "autocast":
-            return torch.autocast(self.case.device, torch.bfloat16)
-        return nullcontext()
-
-    def forward(self, call: Call) -> Tensor:
-        with torch.no_grad(), self.autocast():
-            return call(self.x)
-
-    def step(self, call: Call) -> list[Tensor]:
-        self.x.grad = self.a.grad = self.b.grad = None
-        with self.autocast():
-            y = call(self.x)
-        y.backward(self.upstream.to(y.dtype))
-        return [y.detach(), *(t.grad for t in (self.x, self.a, self.b) if t.grad is not None)]
-
-
-def peft_layer(layer: Layer) -> Call:
-    """peft's own `lora.Linear` on the tensors of the case."""
-    from peft import LoraConfig, get_peft_model
-
-    case = layer.case
-    base = nn.Linear(case.k, case.n, bias=False, device=case.device, dtype=layer.weight.dtype)
-    config = LoraConfig(
-        r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, target_modules=["0"]
-    )
-    model: Any = get_peft_model(nn.Sequential(base), config)
-    adapted = model.base_model.model[0]
-    base.weight.data = layer.weight
-    # the leaves themselves, so that their gradients are those that are compared
-    adapted.lora_A["default"]._parameters["weight"] = layer.a
-    adapted.lora_B["default"]._parameters["weight"] = layer.b
-    called: Call = adapted.train()
-    return called
-
-
-def compiled_layer(layer: Layer) -> Call:
-    """peft's arithmetic under torch.compile, whole; compiled once, the sizes are dynamic."""
-    p = layer.case.dropout
-
-    def formula(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        dropped = F.dropout(x.to(a.dtype), p) if p else x.to(a.dtype)
-        result = F.linear(x, weight)
-        return (result + F.linear(F.linear(dropped, a), b) * SCALING).to(result.dtype)
-
-    compiled = torch.compile(formula, fullgraph=True, dynamic=True)
-    return lambda x: compiled(x, layer.weight, layer.a, layer.b)
-
-
-class HandWritten(torch.autograd.Function):
-    """unsloth's formulation: updates added by addmm, x Aᵀ made again in the backward pass, no dropout."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
-        y = x @ weight.t()
-        y.addmm_(x @ a.t(), b.t(), alpha=SCALING)
-        ctx.save_for_backward(x, weight, a, b)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (dy,) = gradients
-        x, weight, a, b = ctx.saved_tensors
-        down = dy @ b
-        da = (down.t() @ x).mul_(SCALING)
-        db = (dy.t() @ (x @ a.t())).mul_(SCALING)
-        dx = (dy @ weight).addmm_(down, a, alpha=SCALING)
-        return dx, None, da, db
-
-
-def ours(layer: Layer) -> Call:
-    return lambda x: lora_linear(
-        x, layer.weight, None, layer.a, layer.b, SCALING, dropout_p=layer.case.dropout
-    )
-
-
-PROVIDERS = Registry()
-PROVIDERS.add(Provider("base", lambda layer: lambda x: F.linear(x, layer.weight)))
-PROVIDERS.add(Provider("peft", peft_layer, needs=("peft",)))
-PROVIDERS.add(Provider("compile", compiled_layer))
-PROVIDERS.add(
-    Provider("unsloth", lambda layer: lambda x: HandWritten.apply(x, layer.weight, layer.a, layer.b))
-)
-PROVIDERS.add(Provider("ours", ours, ours=True))
 
 
 def errors(name: str, case: Case) -> float:
@@ -187,7 +63,8 @@ def measure(case: Case, names: list[str], options: argparse.Namespace) -> dict[s
     # without dropout inside, it is not the same operation
     names = [name for name in names if not (case.dropout and name == "unsloth")]
     if case.kind == "adapters":
-        names = [name for name in names if name != "unsloth"]
+        # both have one dtype for all matrices
+        names = [name for name in names if name not in ("unsloth", "lorafusion")]
     found = {name: errors(name, case) for name in names if name != "base"}
     for name, error in found.items():
         if harness.wrong({"": error}, ERROR_LIMIT[case.kind]):
@@ -255,6 +132,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A table of every provider's time over ours, and in how many cases peft was faster by more than `NOISE`."""
+    keys = [k for row in rows for k in row if k.endswith("_over_ours")]
+    titles = {k.replace("_over_ours", ""): k for k in dict.fromkeys(keys)}
+    shown = {"inputs": "inputs", "T": "t", "K": "k", "N": "n", "R": "r", "step ms": "step_ms"} | titles
+    slower = [
+        f"{row['inputs']} T={row['t']} {row['k']}x{row['n']} R={row['r']} {what}: {row[key]}"
+        for row in rows
+        for what, key in (("forward", "forward_peft_over_ours"), ("step", "step_peft_over_ours"))
+        if row.get(key, 1.0) < 1 - NOISE
+    ]
+    text = "\n  ".join(slower) or "none"
+    return f"{table(rows, shown)}\n\npeft faster than ours by more than {NOISE:.0%}:\n  {text}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     usable, reasons = PROVIDERS.choose(options.providers, options.device)
@@ -268,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for r in options.r:
                     case = Case(t, k, n, r, kind, options.dropout, options.device)
                     rows.append(measure(case, [p.name for p in usable], options))
+    print(summary(rows))
     suite = f"lora{'_dropout' if options.dropout else ''}{options.tag}"
     if not options.no_save:
         print(harness.save(suite, rows, not_measured=reasons))

@@ -26,58 +26,72 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// columns of a product computed at a time: two vectors
-constexpr int64_t kColumns = 2 * kLanes;
+// rows of a product computed at a time: as many as leave registers for the operands
+constexpr int64_t kBlockRows_default = 4, kBlockRows_avx2 = 4, kBlockRows_avx512 = 8;
 // query rows whose logits are held at a time
 constexpr int64_t kRows = 64;
 
 LLM2CLIP_INLINE int64_t rounded_up(int64_t n) {
-  return (n + kColumns - 1) / kColumns * kColumns;
+  return (n + kLanes - 1) / kLanes * kLanes;
 }
 
 // a matrix whose elements need not lie side by side
 struct Strided {
   const float* data;
   int64_t row, col;
+
+  LLM2CLIP_INLINE Strided from(int64_t first) const { return {data + first * row, row, col}; }
 };
 
-// out (R, 32) (+)= a (R, depth) · b (depth, 32)
-template <int64_t R, bool accumulate>
+// out (R, V vectors) (+)= a (R, depth) · b (depth, V vectors)
+template <int64_t R, int64_t V, bool accumulate>
 LLM2CLIP_INLINE void product_block(const Strided& a, const float* b, int64_t ldb, int64_t depth, float* out,
                                    int64_t ldo) {
-  Floats low[R], high[R];
+  Floats total[R][V];
   for (int64_t r = 0; r < R; ++r) {
-    low[r] = accumulate ? load(out + r * ldo) : Floats{};
-    high[r] = accumulate ? load(out + r * ldo + kLanes) : Floats{};
+    for (int64_t v = 0; v < V; ++v) total[r][v] = accumulate ? load(out + r * ldo + v * kLanes) : Floats{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const Floats b0 = load(b + k * ldb);
-    const Floats b1 = load(b + k * ldb + kLanes);
+    Floats right[V];
+    for (int64_t v = 0; v < V; ++v) right[v] = load(b + k * ldb + v * kLanes);
     for (int64_t r = 0; r < R; ++r) {
-      const float x = a.data[r * a.row + k * a.col];
-      low[r] += x * b0;
-      high[r] += x * b1;
+      const float left = a.data[r * a.row + k * a.col];
+      for (int64_t v = 0; v < V; ++v) total[r][v] += left * right[v];
     }
   }
   for (int64_t r = 0; r < R; ++r) {
-    store(out + r * ldo, low[r]);
-    store(out + r * ldo + kLanes, high[r]);
+    for (int64_t v = 0; v < V; ++v) store(out + r * ldo + v * kLanes, total[r][v]);
   }
 }
 
-// out (rows, cols) (+)= a (rows, depth) · b (depth, cols); cols a multiple of 32
-template <bool accumulate>
-LLM2CLIP_INLINE void product(Strided a, int64_t rows, int64_t depth, const float* b, int64_t ldb, int64_t cols,
-                             float* out, int64_t ldo) {
-  for (int64_t c = 0; c < cols; c += kColumns) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      product_block<4, accumulate>({a.data + r * a.row, a.row, a.col}, b + c, ldb, depth, out + r * ldo + c, ldo);
-    }
-    for (; r < rows; ++r) {
-      product_block<1, accumulate>({a.data + r * a.row, a.row, a.col}, b + c, ldb, depth, out + r * ldo + c, ldo);
+// V vectors of columns of a product, `Rows` rows at a time, and the rest in one block of its own size
+template <int64_t Rows, int64_t V, bool accumulate>
+LLM2CLIP_INLINE void product_columns(const Strided& a, int64_t rows, int64_t depth, const float* b, int64_t ldb,
+                                     float* out, int64_t ldo) {
+  int64_t r = 0;
+  for (; r + Rows <= rows; r += Rows) {
+    product_block<Rows, V, accumulate>(a.from(r), b, ldb, depth, out + r * ldo, ldo);
+  }
+  if constexpr (Rows > 4) {
+    if (r + 4 <= rows) {
+      product_block<4, V, accumulate>(a.from(r), b, ldb, depth, out + r * ldo, ldo);
+      r += 4;
     }
   }
+  if (rows - r == 3) product_block<3, V, accumulate>(a.from(r), b, ldb, depth, out + r * ldo, ldo);
+  if (rows - r == 2) product_block<2, V, accumulate>(a.from(r), b, ldb, depth, out + r * ldo, ldo);
+  if (rows - r == 1) product_block<1, V, accumulate>(a.from(r), b, ldb, depth, out + r * ldo, ldo);
+}
+
+// out (rows, cols) (+)= a (rows, depth) · b (depth, cols); cols a multiple of 16
+template <int64_t Rows, bool accumulate>
+LLM2CLIP_INLINE void product(const Strided& a, int64_t rows, int64_t depth, const float* b, int64_t ldb,
+                             int64_t cols, float* out, int64_t ldo) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+    product_columns<Rows, 2, accumulate>(a, rows, depth, b + c, ldb, out + c, ldo);
+  }
+  if (c < cols) product_columns<Rows, 1, accumulate>(a, rows, depth, b + c, ldb, out + c, ldo);
 }
 
 struct Problem {
@@ -100,12 +114,19 @@ LLM2CLIP_INLINE float* room(std::vector<float>& buffer, int64_t count) {
   return buffer.data();
 }
 
-// (count, width) rows `stride` apart -> rows of `padded` floats, zeros at the end
+// to = from · factor, `width` floats; library calls for rows this short take longer than their copies
+LLM2CLIP_INLINE void copy_row(const float* from, int64_t width, float factor, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d) * factor);
+  for (; d < width; ++d) to[d] = from[d] * factor;
+}
+
+// (count, width) rows `stride` apart, times `factor` -> rows of `padded` floats, zeros at the end
 LLM2CLIP_INLINE void copy_rows(const float* from, int64_t stride, int64_t count, int64_t width, int64_t padded,
-                               float* to) {
+                               float factor, float* to) {
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(to + i * padded, from + i * stride, width * sizeof(float));
-    std::memset(to + i * padded + width, 0, (padded - width) * sizeof(float));
+    copy_row(from + i * stride, width, factor, to + i * padded);
+    for (int64_t d = width; d < padded; ++d) to[i * padded + d] = 0.0f;
   }
 }
 
@@ -153,7 +174,7 @@ struct Block {
 
   LLM2CLIP_INLINE Block(const Problem& p, int64_t length, int64_t start)
       : start(start), stop(std::min(length, start + kRows)) {
-    low = p.window < 0 ? 0 : std::max<int64_t>(0, start - p.window) / kColumns * kColumns;
+    low = p.window < 0 ? 0 : std::max<int64_t>(0, start - p.window) / kLanes * kLanes;
     high = p.causal ? stop : p.window < 0 ? length : std::min(length, stop + p.window);
   }
   LLM2CLIP_INLINE int64_t rows() const { return stop - start; }
@@ -163,12 +184,12 @@ struct Block {
 // unnormalised weights (rows, columns) of the block, and what to multiply each row with
 //
 // Queries are scaled before the product, logits would take another pass.
+template <int64_t Rows>
 LLM2CLIP_INLINE void weights_of(const Problem& p, const Block& b, int64_t length, const float* q, const float* keys_t,
                                 int64_t padded, float* scaled, float* weights, float* inverse) {
   const int64_t stride = p.query_heads * p.width, wide = rounded_up(p.width);
-  copy_rows(q + b.start * stride, stride, b.rows(), p.width, wide, scaled);
-  multiply_row(scaled, b.rows() * wide, p.scale);
-  product<false>({scaled, wide, 1}, b.rows(), p.width, keys_t + b.low, padded, b.columns(), weights, b.columns());
+  copy_rows(q + b.start * stride, stride, b.rows(), p.width, wide, p.scale, scaled);
+  product<Rows, false>({scaled, wide, 1}, b.rows(), p.width, keys_t + b.low, padded, b.columns(), weights, b.columns());
   for (int64_t i = b.start; i < b.stop; ++i) {
     const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(0, i - p.window);
     const int64_t last = p.causal ? i + 1 : p.window < 0 ? length : std::min(length, i + p.window + 1);
@@ -177,6 +198,7 @@ LLM2CLIP_INLINE void weights_of(const Problem& p, const Block& b, int64_t length
   }
 }
 
+template <int64_t Rows>
 LLM2CLIP_INLINE void forward_task(const Problem& p, int64_t sequence, int64_t head, Scratch& s) {
   const int64_t begin = p.edges[sequence], length = p.edges[sequence + 1] - begin;
   const int64_t group = p.query_heads / p.key_heads;
@@ -184,10 +206,10 @@ LLM2CLIP_INLINE void forward_task(const Problem& p, int64_t sequence, int64_t he
   const int64_t padded = rounded_up(length), wide = rounded_up(p.width);
   const float* k = p.k + begin * key_stride + head * p.width;
   const float* v = p.v + begin * key_stride + head * p.width;
-  float* keys_t = room(s.keys_t, p.width * (padded + kColumns));
+  float* keys_t = room(s.keys_t, p.width * (padded));
   float* values = room(s.values, length * wide);
   transpose_rows(k, key_stride, length, p.width, padded, keys_t);
-  copy_rows(v, key_stride, length, p.width, wide, values);
+  copy_rows(v, key_stride, length, p.width, wide, 1.0f, values);
   float* weights = room(s.logits, kRows * padded);
   float* scaled = room(s.rows_q, kRows * wide);
   float* result = room(s.result, kRows * wide);
@@ -196,12 +218,11 @@ LLM2CLIP_INLINE void forward_task(const Problem& p, int64_t sequence, int64_t he
     const int64_t offset = begin * query_stride + (head * group + g) * p.width;
     for (int64_t start = 0; start < length; start += kRows) {
       const Block b(p, length, start);
-      weights_of(p, b, length, p.q + offset, keys_t, padded, scaled, weights, inverse);
-      product<false>({weights, b.columns(), 1}, b.rows(), b.high - b.low, values + b.low * wide, wide, wide, result,
+      weights_of<Rows>(p, b, length, p.q + offset, keys_t, padded, scaled, weights, inverse);
+      product<Rows, false>({weights, b.columns(), 1}, b.rows(), b.high - b.low, values + b.low * wide, wide, wide, result,
                      wide);
       for (int64_t i = 0; i < b.rows(); ++i) {
-        multiply_row(result + i * wide, wide, inverse[i]);
-        std::memcpy(p.out + offset + (b.start + i) * query_stride, result + i * wide, p.width * sizeof(float));
+        copy_row(result + i * wide, p.width, inverse[i], p.out + offset + (b.start + i) * query_stride);
       }
     }
   }
@@ -217,18 +238,19 @@ LLM2CLIP_INLINE void softmax_gradient_row(const float* weights, float* inner, in
   }
 }
 
+template <int64_t Rows>
 LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t head, Scratch& s) {
   const int64_t begin = p.edges[sequence], length = p.edges[sequence + 1] - begin;
   const int64_t group = p.query_heads / p.key_heads;
   const int64_t key_stride = p.key_heads * p.width, query_stride = p.query_heads * p.width;
   const int64_t padded = rounded_up(length), wide = rounded_up(p.width);
   const int64_t key_offset = begin * key_stride + head * p.width;
-  float* keys_t = room(s.keys_t, p.width * (padded + kColumns));
-  float* values_t = room(s.values_t, p.width * (padded + kColumns));
+  float* keys_t = room(s.keys_t, p.width * (padded));
+  float* values_t = room(s.values_t, p.width * (padded));
   float* keys = room(s.keys, length * wide);
   transpose_rows(p.k + key_offset, key_stride, length, p.width, padded, keys_t);
   transpose_rows(p.v + key_offset, key_stride, length, p.width, padded, values_t);
-  copy_rows(p.k + key_offset, key_stride, length, p.width, wide, keys);
+  copy_rows(p.k + key_offset, key_stride, length, p.width, wide, 1.0f, keys);
   float* sum_k = room(s.sum_k, length * wide);
   float* sum_v = room(s.sum_v, length * wide);
   std::fill(sum_k, sum_k + length * wide, 0.0f);
@@ -244,35 +266,34 @@ LLM2CLIP_INLINE void backward_task(const Problem& p, int64_t sequence, int64_t h
     for (int64_t start = 0; start < length; start += kRows) {
       const Block b(p, length, start);
       const int64_t rows = b.rows(), columns = b.columns(), reach = b.high - b.low;
-      weights_of(p, b, length, p.q + offset, keys_t, padded, rows_q, weights, inverse);
+      weights_of<Rows>(p, b, length, p.q + offset, keys_t, padded, rows_q, weights, inverse);
       for (int64_t i = 0; i < rows; ++i) multiply_row(weights + i * columns, columns, inverse[i]);
       const float* grad = p.grad + offset + b.start * query_stride;
       if (p.dv != nullptr) {
-        copy_rows(grad, query_stride, rows, p.width, wide, rows_g);
-        product<true>({weights, 1, columns}, reach, rows, rows_g, wide, wide, sum_v + b.low * wide, wide);
+        copy_rows(grad, query_stride, rows, p.width, wide, 1.0f, rows_g);
+        product<Rows, true>({weights, 1, columns}, reach, rows, rows_g, wide, wide, sum_v + b.low * wide, wide);
       }
       if (p.dq == nullptr && p.dk == nullptr) continue;
-      product<false>({grad, query_stride, 1}, rows, p.width, values_t + b.low, padded, columns, inner, columns);
+      product<Rows, false>({grad, query_stride, 1}, rows, p.width, values_t + b.low, padded, columns, inner, columns);
       for (int64_t i = 0; i < rows; ++i) {
         softmax_gradient_row(weights + i * columns, inner + i * columns, columns);
       }
       if (p.dq != nullptr) {
-        product<false>({inner, columns, 1}, rows, reach, keys + b.low * wide, wide, wide, result, wide);
+        product<Rows, false>({inner, columns, 1}, rows, reach, keys + b.low * wide, wide, wide, result, wide);
         for (int64_t i = 0; i < rows; ++i) {
-          multiply_row(result + i * wide, wide, p.scale);
-          std::memcpy(p.dq + offset + (b.start + i) * query_stride, result + i * wide, p.width * sizeof(float));
+          copy_row(result + i * wide, p.width, p.scale, p.dq + offset + (b.start + i) * query_stride);
         }
       }
       if (p.dk != nullptr) {
         // rows_q still holds the queries times the scale
-        product<true>({inner, 1, columns}, reach, rows, rows_q, wide, wide, sum_k + b.low * wide, wide);
+        product<Rows, true>({inner, 1, columns}, reach, rows, rows_q, wide, wide, sum_k + b.low * wide, wide);
       }
     }
   }
   for (int64_t i = 0; i < length; ++i) {
     const int64_t at = key_offset + i * key_stride;
-    if (p.dk != nullptr) std::memcpy(p.dk + at, sum_k + i * wide, p.width * sizeof(float));
-    if (p.dv != nullptr) std::memcpy(p.dv + at, sum_v + i * wide, p.width * sizeof(float));
+    if (p.dk != nullptr) copy_row(sum_k + i * wide, p.width, 1.0f, p.dk + at);
+    if (p.dv != nullptr) copy_row(sum_v + i * wide, p.width, 1.0f, p.dv + at);
   }
 }
 
@@ -282,13 +303,13 @@ struct Tasks {
   Task forward, backward;
 };
 
-#define LLM2CLIP_VARIANT(suffix, target)                                                      \
-  target void forward_##suffix(const Problem& p, int64_t sequence, int64_t head, Scratch& s) { \
-    forward_task(p, sequence, head, s);                                                       \
-  }                                                                                           \
+#define LLM2CLIP_VARIANT(suffix, target)                                                        \
+  target void forward_##suffix(const Problem& p, int64_t sequence, int64_t head, Scratch& s) {  \
+    forward_task<kBlockRows_##suffix>(p, sequence, head, s);                                    \
+  }                                                                                             \
   target void backward_##suffix(const Problem& p, int64_t sequence, int64_t head, Scratch& s) { \
-    backward_task(p, sequence, head, s);                                                      \
-  }                                                                                           \
+    backward_task<kBlockRows_##suffix>(p, sequence, head, s);                                   \
+  }                                                                                             \
   constexpr Tasks k_##suffix{forward_##suffix, backward_##suffix};
 
 LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_VARIANT)

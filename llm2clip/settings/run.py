@@ -46,7 +46,8 @@ class RunSettings:
     precision: Literal["fp32", "bf16", "auto"] = setting(
         "fp32",
         "bf16 runs the forward under autocast, weights and loss stay fp32; "
-        "auto: bf16 where the processor multiplies it faster (CUDA GPUs, CPUs with AMX), else fp32",
+        "auto: bf16 where it is faster (CUDA GPUs; CPUs with AMX; CPUs with AVX-512 BF16 unless the model trains "
+        "depthwise convolutions), else fp32",
     )
     device: str = setting("auto", "auto: cuda where there is one, else cpu")
     threads: int = setting(0, "CPU threads; 0 leaves torch's choice")

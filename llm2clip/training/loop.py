@@ -19,6 +19,7 @@ from llm2clip.errors import ConfigError, TrainingError, UserError
 from llm2clip.files import write_json, write_text
 from llm2clip.settings import OptimSettings, RunSettings
 from llm2clip.training import checkpoint, directory, gradient_cache, optim
+from llm2clip.training.faster_precision import faster_precision
 from llm2clip.training.metrics import MetricsLog
 from llm2clip.training.world import World
 
@@ -102,7 +103,7 @@ def train(task: Task, run: RunSettings, settings: OptimSettings, world: World) -
         # no buffer is exchanged: ranks may differ in the number of forwards of a gradient cache
         module = nn.parallel.DistributedDataParallel(task.module, device_ids=ids, broadcast_buffers=False)
 
-    autocast = _autocast(run.precision, world.device)
+    autocast = _autocast(run.precision, task.module, world.device)
     # a rank that lost samples may be left with one chunk where the others have several
     cut = task.token_budget > 0 or 0 < run.micro_batch < math.ceil(run.batch_size / world.size)
     always_cache = world.size > 1 and cut
@@ -208,16 +209,14 @@ def _total_steps(task: Task, run: RunSettings) -> int:
     return run.steps if run.steps is not None else math.ceil(run.epochs * per_epoch)
 
 
-def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    if precision == "fp32" or (precision == "auto" and not _multiplies_bf16(device)):
+def _autocast(
+    precision: str, module: nn.Module, device: torch.device
+) -> Callable[[], AbstractContextManager[Any]]:
+    if precision == "auto":
+        precision = faster_precision(module, device)
+    if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -43,19 +43,19 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """y (T, N) and u = drop(x) Aᵀ (T, R). Adds to the given y in place, or makes the base product itself."""
     with _no_autocast(weight, a):
-        bt = products.scaled_up(b, scaling, dropout_p)
+        factor = products.factor_of(scaling, dropout_p)
         if weight is None:
             assert y is not None
             u = products.down(x, a, seed, dropout_p)
-            return products.add_product_(y, u, bt), u
+            return products.add_product_(y, u, b, factor), u
         cast = x.to(weight.dtype)
         u = products.down(cast if a.dtype == weight.dtype else x, a, seed, dropout_p)
         if a.dtype == weight.dtype and backend.choose(x.device, weight.dtype) == "triton":
             from . import kernel
 
-            return kernel.forward(cast, weight, bias, u, bt), u
+            return kernel.forward(cast, weight, bias, u, b.t() * factor), u
         y = torch.mm(cast, weight.t()) if bias is None else torch.addmm(bias, cast, weight.t())
-        return products.add_product_(y, u, bt), u
+        return products.add_product_(y, u, b, factor), u
 
 
 def run_backward(

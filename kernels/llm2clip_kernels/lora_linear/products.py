@@ -1,11 +1,12 @@
 """The matrix products of `lora_linear`, in the order that never makes an N×K or a second T×N matrix.
 
-    u  = drop(x) Aᵀ (T, R)             y  = x Wᵀ + bias, then y += u (s·B)ᵀ in place
-    v  = dy (s·B)   (T, R)             dx = dy W, then dx += drop(v A) in place
-    dA = vᵀ drop(x)                    dB = s·(uᵀ dy)ᵀ
+    u  = drop(x) Aᵀ (T, R)             y  = x Wᵀ + bias, then y += s·u Bᵀ in place
+    v  = dy B       (T, R)             dx = dy W, then dx += s·drop(v A) in place
+    dA = s·vᵀ drop(x)                  dB = s·(uᵀ dy)ᵀ
 
-The scaling sits on B, N·R numbers, rather than on anything with T rows. Where a cast or a mask stands between
-a matrix and its product, rows go in chunks that stay in cache: the cast or masked copy is never whole.
+The scaling is the GEMM's own factor, or sits on R rows: nothing with T rows is gone through for it. Where a cast or a
+mask stands between a matrix and its product, rows go in chunks that stay in cache: the cast or masked copy is never
+whole.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from .dropout import dropout_rows_
 
 # of one chunk of cast or masked rows
 _CHUNK_BYTES = 2**22
+# columns from which on MKL does not mind how they are stored
+_THIN = 16
 
 
-def scaled_up(b: Tensor, scaling: float, dropout_p: float) -> Tensor:
-    """(s / (1 - p))·Bᵀ, (R, N) contiguous: the GEMM is faster on it than on a transposed view of B."""
+def factor_of(scaling: float, dropout_p: float) -> float:
+    """s / (1 - p): what the low-rank product is multiplied with."""
     # everything dropped: what remains is a zero, not a division by it
-    factor = scaling / (1 - dropout_p) if dropout_p < 1 else 0.0
-    return torch.mul(b.t(), factor).contiguous()
+    return scaling / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def _chunks(rows: int, cols: int, element_size: int) -> Iterator[tuple[int, int]]:
@@ -53,7 +55,7 @@ def _rows(
 
 def down(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """u = drop(x) Aᵀ without the factor 1/(1-p). x (T, K), a (R, K) -> (T, R) in a's dtype."""
-    at = a.t().contiguous()
+    at = a.t()
     if _plain(x, a.dtype, dropout_p):
         return torch.mm(x, at)
     u = a.new_empty(x.shape[0], a.shape[0])
@@ -62,12 +64,12 @@ def down(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     return u
 
 
-def add_product_(y: Tensor, u: Tensor, bt: Tensor) -> Tensor:
-    """y += u bt, rounded once to y's dtype. y (T, N), u (T, R), bt (R, N)."""
+def add_product_(y: Tensor, u: Tensor, b: Tensor, factor: float) -> Tensor:
+    """y += factor · u bᵀ, rounded once to y's dtype. y (T, N), u (T, R), b (N, R)."""
     if y.dtype == u.dtype:
-        return y.addmm_(u, bt)
+        return y.addmm_(u, b.t(), alpha=factor)
     for start, stop in _chunks(y.shape[0], y.shape[1], u.element_size()):
-        y[start:stop].add_(torch.mm(u[start:stop], bt))
+        y[start:stop].add_(torch.mm(u[start:stop], b.t()), alpha=factor)
     return y
 
 
@@ -90,22 +92,22 @@ def backward(
     dy (T, N), x (T, K), u (T, R); dx (T, K) holds dy W and gets the low-rank part in place, None where there is
     no base product.
     """
-    bt = scaled_up(b, scaling, dropout_p)
+    factor = factor_of(scaling, dropout_p)
     low = a.dtype
-    factor = scaling / (1 - dropout_p) if dropout_p < 1 else 0.0
+    columns = _by_columns(b)
     need_v = need_a or need_x
     if dy.dtype == low:
         # (R, N) = uᵀ dy runs faster than dyᵀ u; the transposition back is of N·R numbers
         db = torch.mm(u.t(), dy).mul_(factor).t().contiguous() if need_b else None
-        v = torch.mm(dy, bt.t()) if need_v else None
+        v = torch.mm(dy, columns) if need_v else None
     else:
         # one cast serves both products
-        v = u.new_empty(dy.shape[0], bt.shape[0]) if need_v else None
+        v = u.new_empty(dy.shape[0], b.shape[1]) if need_v else None
 
         def cast(start: int, stop: int) -> Tensor:
             part = dy[start:stop].to(low)
             if v is not None:
-                torch.mm(part, bt.t(), out=v[start:stop])
+                torch.mm(part, columns, out=v[start:stop])
             return part
 
         if need_b:
@@ -116,21 +118,28 @@ def backward(
                 cast(start, stop)
     if v is None:
         return None, None, db
-    da = _gradient_a(x, v, low, seed, dropout_p) if need_a else None
+    da = _gradient_a(x, v, low, seed, dropout_p).mul_(factor) if need_a else None
     if not need_x:
         return None, da, db
     if dropout_p == 0 and dx is None:
-        return torch.mm(v, a), da, db
+        # beta 0: what is in the new matrix does not count
+        return torch.addmm(a.new_empty(x.shape), v, a, beta=0, alpha=factor), da, db
     if dx is None:
         dx = a.new_zeros(x.shape)
     if dropout_p == 0 and dx.dtype == low:
-        return dx.addmm_(v, a), da, db
+        return dx.addmm_(v, a, alpha=factor), da, db
     for start, stop in _chunks(x.shape[0], x.shape[1], a.element_size()):
         part = torch.mm(v[start:stop], a)
         if dropout_p > 0 and seed is not None:
             dropout_rows_(part, seed, start, dropout_p)
-        dx[start:stop].add_(part)
+        dx[start:stop].add_(part, alpha=factor)
     return dx, da, db
+
+
+def _by_columns(b: Tensor) -> Tensor:
+    """b, stored by columns where the product with a few of them is several times faster so: MKL's in fp32."""
+    thin = b.shape[1] < _THIN and b.dtype == torch.float32 and b.device.type == "cpu"
+    return b.t().contiguous().t() if thin else b
 
 
 def _gradient_a(x: Tensor, v: Tensor, low: torch.dtype, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -168,7 +177,7 @@ def composed(
         keep = torch.ones_like(x, memory_format=torch.contiguous_format)
         dropout_rows_(keep.view(-1, x.shape[-1]), seed, 0, dropout_p)
         x = x * keep
-        scaling = scaling / (1 - dropout_p) if dropout_p < 1 else 0.0
+        scaling = factor_of(scaling, dropout_p)
     # the scaling on T·R numbers rather than on T·N
     update = F.linear(F.linear(x, a) * scaling, b)
     return y + update if y.dtype == update.dtype else (y + update).to(y.dtype)
