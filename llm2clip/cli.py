@@ -1,4 +1,4 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | train | evaluate | env`."""
+"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search`."""
 
 from __future__ import annotations
 
@@ -60,11 +60,31 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_configured(
-        commands, "finetune-llm", "LLM stage: caption contrastive fine-tuning with LoRA", _finetune_llm
+        commands, "finetune-llm", "LLM stage: LoRA on caption pairs, or MNTP before it", _finetune_llm
     )
     _add_configured(commands, "embed", "embed every caption once into a store", _embed)
+    _add_configured(
+        commands, "embed images", "image features of a CLIP model or tower, into a store", _embed_images
+    )
+    _add_configured(commands, "embed texts", "caption features of a CLIP model, into a store", _embed_texts)
     _add_configured(commands, "train", "CLIP stage: vision tower and adapter on stored embeddings", _train)
     _add_configured(commands, "evaluate", "retrieval tables and report.html", _evaluate)
+    _add_configured(
+        commands, "evaluate caption-retrieval", "captions that look for captions (CRA)", _caption_retrieval
+    )
+    _add_configured(commands, "evaluate retrieval", "benchmarks of image-text retrieval", _retrieval)
+    _add_configured(commands, "evaluate zero-shot", "classification by class names in prompts", _zero_shot)
+    _add_configured(
+        commands, "evaluate linear-probe", "linear classifier, neighbours on features", _linear_probe
+    )
+    _add_configured(commands, "export", "models for Hugging Face, open_clip, ONNX; merged LLMs", _export)
+    search = _add_configured(
+        commands, "search", "a local web page: images by captions, captions by images", _search
+    )
+    search.add_argument("--model", help="run of the CLIP stage, or a demo's directory; as model=RUN")
+    search.add_argument(
+        "--images", action="append", help="folder of images, or a source; may be repeated; as images=[...]"
+    )
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -78,18 +98,23 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
 
     add_data_parser(commands)
 
+    from llm2clip.store_cli import add_store_parser
+
+    add_store_parser(commands)
+
     env = commands.add_parser("env", help="versions, what was built, which backend each op uses")
     env.add_argument("--json", action="store_true", help="print JSON")
     env.set_defaults(handler=_env)
     return parser, commands.choices.keys()
 
 
-def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> None:
+def _add_configured(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text}. Settings: docs/config.md.")
     parser.add_argument("--config", help="YAML file with settings")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings, e.g. optim.lr=1e-3")
     parser.set_defaults(handler=handler)
+    return parser
 
 
 def _quiet_libraries(args: argparse.Namespace) -> None:
@@ -97,7 +122,8 @@ def _quiet_libraries(args: argparse.Namespace) -> None:
 
     Only for commands that load it anyway; as a library the package changes nobody's logging.
     """
-    if args.handler in (_finetune_llm, _embed, _evaluate, _demo) and not getattr(args, "print_config", False):
+    # every command with settings does, unless it only prints them
+    if getattr(args, "print_config", None) is False or args.handler is _demo:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -136,6 +162,28 @@ def _embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def _embed_images(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EmbedImagesSettings
+
+    if (settings := _settings(args, EmbedImagesSettings)) is not None:
+        from llm2clip.embed_clip import embed_images
+
+        store = embed_images(settings)
+        print(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
+    return 0
+
+
+def _embed_texts(args: argparse.Namespace) -> int:
+    from llm2clip.settings import EmbedTextsSettings
+
+    if (settings := _settings(args, EmbedTextsSettings)) is not None:
+        from llm2clip.embed_clip import embed_texts
+
+        store = embed_texts(settings)
+        print(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from llm2clip.settings import TrainSettings
 
@@ -153,6 +201,69 @@ def _evaluate(args: argparse.Namespace) -> int:
         from llm2clip.evaluation import evaluate
 
         evaluate(settings)
+    return 0
+
+
+def _caption_retrieval(args: argparse.Namespace) -> int:
+    from llm2clip.settings import CaptionRetrievalSettings
+
+    if (settings := _settings(args, CaptionRetrievalSettings)) is not None:
+        from llm2clip.evaluation.caption_benchmark import evaluate_captions
+
+        evaluate_captions(settings)
+    return 0
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    from llm2clip.settings import RetrievalSettings
+
+    if (settings := _settings(args, RetrievalSettings)) is not None:
+        from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
+
+        evaluate_retrieval(settings)
+    return 0
+
+
+def _zero_shot(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ZeroShotSettings
+
+    if (settings := _settings(args, ZeroShotSettings)) is not None:
+        from llm2clip.evaluation.benchmark_zero_shot import evaluate_zero_shot
+
+        evaluate_zero_shot(settings)
+    return 0
+
+
+def _linear_probe(args: argparse.Namespace) -> int:
+    from llm2clip.settings import LinearProbeSettings
+
+    if (settings := _settings(args, LinearProbeSettings)) is not None:
+        from llm2clip.evaluation.benchmark_probe import evaluate_linear_probe
+
+        evaluate_linear_probe(settings)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llm2clip.settings import ExportSettings
+
+    if (settings := _settings(args, ExportSettings)) is not None:
+        from llm2clip.export import export
+
+        print(f"{settings.layout} layout in {export(settings)}, loaded back with equal features")
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from llm2clip.settings import SearchSettings
+
+    for name in ("model", "images"):
+        if (given := getattr(args, name)) is not None:
+            args.overrides.append(f"{name}={json.dumps(given)}")  # JSON is YAML
+    if (settings := _settings(args, SearchSettings)) is not None:
+        from llm2clip.search.run import run_search
+
+        run_search(settings)
     return 0
 
 

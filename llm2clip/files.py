@@ -168,6 +168,15 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError) 
         ) from None
 
 
+def file_state(path: str | os.PathLike[str]) -> str:
+    """Size and time of change of a file, which differ once it was replaced; `missing` where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()

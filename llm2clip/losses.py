@@ -11,6 +11,7 @@ from llm2clip_kernels.losses import (
     SigLipLoss,
     cal_flash_loss,
     cal_inf_loss,
+    cal_ring_loss,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "SigLipLoss",
     "cal_flash_loss",
     "cal_inf_loss",
+    "cal_ring_loss",
 ]

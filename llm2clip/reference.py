@@ -6,9 +6,35 @@ import sys
 from pathlib import Path
 
 from llm2clip.config import iter_fields, type_name
-from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
+from llm2clip.settings import (
+    CaptionRetrievalSettings,
+    EmbedImagesSettings,
+    EmbedSettings,
+    EmbedTextsSettings,
+    EvaluateSettings,
+    ExportSettings,
+    FinetuneLLMSettings,
+    LinearProbeSettings,
+    RetrievalSettings,
+    SearchSettings,
+    TrainSettings,
+    ZeroShotSettings,
+)
 
-COMMANDS: tuple[type, ...] = (FinetuneLLMSettings, EmbedSettings, TrainSettings, EvaluateSettings)
+COMMANDS: tuple[type, ...] = (
+    FinetuneLLMSettings,
+    EmbedSettings,
+    EmbedImagesSettings,
+    EmbedTextsSettings,
+    TrainSettings,
+    EvaluateSettings,
+    CaptionRetrievalSettings,
+    RetrievalSettings,
+    ZeroShotSettings,
+    LinearProbeSettings,
+    ExportSettings,
+    SearchSettings,
+)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 HEAD = """# Settings

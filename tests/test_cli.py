@@ -23,8 +23,9 @@ CONFIGURED = {
 }
 COMMANDS = [
     [],
-    *([name] for name in (*CONFIGURED, "demo", "data", "env")),
+    *([name] for name in (*CONFIGURED, "demo", "data", "store", "env")),
     *(["data", name] for name in ("cataclysm", "openstax", "check")),
+    *(["store", name] for name in ("info", "verify", "repair", "convert")),
 ]
 
 
@@ -44,7 +45,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: llm2clip") and len(shown.splitlines()) > 3
-    for name in COMMANDS[1:8]:
+    for name in COMMANDS[1:9]:
         assert command or name[0] in shown
 
 

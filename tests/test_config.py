@@ -122,7 +122,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("optim.lr_scales.vision=x", r"optim\.lr_scales\.vision: expected number, got 'x'"),
         ("optim.lr_scales=3", r"optim\.lr_scales: expected mapping of text to number, got 3"),
         ("run.tensorboard=1", r"run\.tensorboard: expected true or false, got 1"),
-        ("run.precision=fp8", r"run\.precision: expected fp32 \| bf16 \| auto, got 'fp8'"),
+        ("run.precision=fp8", r"run\.precision: expected fp32 \| bf16 \| fp16 \| auto, got 'fp8'"),
         ("run.out=5", r"run\.out: expected text, got 5"),
         ("run=5", r"run: expected a group of settings, got 5"),
         ("optim.schedule=[cosine]", r"optim\.schedule: expected cosine \| constant"),

@@ -121,6 +121,63 @@ def test_tensors_and_collate(shards: str, workers: int) -> None:
         assert torch.equal(torch.stack(items), batch)
 
 
+def sizes_of(parts: list[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+    return [len(part) for part in parts], torch.cat(parts)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("piece", [3, 8, 50])
+def test_pieces_of_a_batch_are_joined_in_order(shards: str, workers: int, piece: int) -> None:
+    source = open_source(shards)
+    whole = run(source, transform=pixels, collate=torch.stack, epochs=2)
+    cut = run(
+        source, transform=pixels, collate=torch.stack, epochs=2, workers=workers, piece=piece, join=sizes_of
+    )
+    assert [position for position, _ in cut] == [position for position, _ in whole]
+    for (_, (sizes, batch)), (_, expected) in zip(cut, whole, strict=True):
+        assert torch.equal(batch, expected)
+        assert sizes == {3: [3, 3, 2], 8: [8], 50: [8]}[piece]
+
+
+def some_bad(sample: Sample, rng: np.random.Generator) -> torch.Tensor:
+    if int(sample.key[-2:]) % 10 < 7:
+        raise BadSampleError(sample.key, "ends badly")
+    return torch.zeros(1)
+
+
+def test_pieces_of_which_nothing_is_left(shards: str) -> None:
+    batches = run(
+        open_source(shards),
+        transform=some_bad,
+        collate=torch.stack,
+        epochs=1,
+        piece=2,
+        join=sizes_of,
+        max_bad_share=1.0,
+    )
+    lengths = [len(batch[1]) if batch else 0 for _, batch in batches]
+    assert len(batches) == 6 and 12 <= sum(lengths) <= 15 and min(lengths) < 3
+    nothing = run(
+        open_source(shards),
+        transform=picky,
+        collate=lambda items: [],
+        epochs=1,
+        piece=2,
+        join=sizes_of,
+        max_bad_share=1,
+    )
+    assert [items for _, items in nothing] == [[]] * 6
+
+
+def test_fewer_shards_than_workers_and_ranks(tmp_path: Path) -> None:
+    # one shard, three ranks with two workers each: every sample of the epoch once
+    write_shards(tmp_path, 1, 24)
+    source = open_source(str(tmp_path))
+    parts = [run(source, epochs=1, rank=rank, world_size=3, workers=2) for rank in range(3)]
+    keys = [key for part in parts for _, items in part for key, _ in items]
+    assert len(keys) == 24 == len(set(keys))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_leave_their_batch_and_are_named(
     shards: str, workers: int, caplog: pytest.LogCaptureFixture
@@ -168,6 +225,8 @@ def test_text_only_reads_no_images(shards: str) -> None:
         ({"batch_size": 8, "rank": 2, "world_size": 2}, "rank"),
         ({"batch_size": 1, "world_size": 2}, "smaller than the 2 ranks"),
         ({"batch_size": 8, "max_bad_share": 2.0}, "max_bad_share"),
+        ({"batch_size": 8, "piece": 4}, "pieces of a batch need"),
+        ({"batch_size": 8, "join": sizes_of}, "pieces of a batch need"),
     ],
 )
 def test_impossible_requests(shards: str, options: dict[str, Any], reason: str) -> None:

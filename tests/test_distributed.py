@@ -82,6 +82,22 @@ def check_against_one_process(rank: int, world: int) -> None:
     for got, want in zip(part[:3], full[:3], strict=True):
         assert torch.allclose(got.grad, want.grad[mine], atol=1e-12)  # type: ignore[arg-type, index]
 
+    # the last rank alone has hard negatives, and ids leave some of everybody's rows out
+    ids = torch.arange(total) % 3 - 1
+    few, few_ids = negatives[:2], torch.tensor([1, -1])
+    full = leaves(x, y, few, scale)
+    oracle = nll_loss(*full, groups=ids, negative_groups=few_ids)  # type: ignore[misc, arg-type]
+    oracle.backward()
+    kept = slice(0, 2 if rank == world - 1 else 0)
+    part = leaves(x[mine], y[mine], few[kept], scale)
+    loss = nll_loss(*part, groups=ids[mine], negative_groups=few_ids[kept], gather=True, grad_reduction="sum")  # type: ignore[misc, arg-type]
+    loss.backward()
+    assert torch.allclose(loss, oracle) and not torch.allclose(loss, nll_loss(x, y, few, scale))
+    for got, want, rows in zip(part[:3], full[:3], (mine, mine, kept), strict=True):
+        assert torch.allclose(got.grad, want.grad[rows], atol=1e-12)  # type: ignore[arg-type, index]
+    nobody = negatives[:0]
+    assert torch.allclose(nll_loss(x[mine], y[mine], nobody, scale, gather=True), nll_loss(x, y, None, scale))  # type: ignore[misc, arg-type]
+
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_uneven_ranks_equal_one_process(world: int) -> None:

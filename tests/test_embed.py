@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from llm2clip.data.caption_stream import CaptionStream, take_census
 from llm2clip.data.store import EmbeddingStore, StoreWriter, caption_digest, verify_store
-from llm2clip.embed import collect_captions, embed
+from llm2clip.embed import embed
 from llm2clip.errors import ConfigError, DataError, StoreError
 from llm2clip.progress import Progress
 from llm2clip.settings import CaptionSettings, DataSettings, EmbedSettings
@@ -90,9 +92,10 @@ EXPECTED = (
 
 
 def test_collects_each_caption_once_and_translations_of_val_alone(tmp_path: Path) -> None:
-    found = collect_captions(make_settings(tmp_path).data)
-    assert sorted(found.texts) == sorted(EXPECTED)
-    assert found.captions == 60 + 12 and found.bad == 0
+    data = make_settings(tmp_path).data
+    census = take_census(CaptionStream(data), data.captions)
+    assert {row.tobytes() for row in census.own} == set(map(caption_digest, EXPECTED))
+    assert len(census.own) == len(EXPECTED) and census.captions == 60 + 12 and census.bad == 0
 
 
 def test_embeds_every_caption_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +185,24 @@ def test_a_write_that_fails_ends_the_job_and_keeps_what_was_written(
     with pytest.raises(OSError, match="no room"):
         embed(settings, HashEncoder())
     # two of eight windows over 57 captions
-    assert len(EmbeddingStore.open(settings.out)) == 8 + 7
+    assert len(EmbeddingStore.open(settings.out)) == 8 + 8
+    monkeypatch.undo()
+    assert torch.equal(embed(settings, HashEncoder()).get(EXPECTED), HashEncoder().encode(EXPECTED))
+
+
+def test_captions_that_vanish_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(tmp_path)
+    right = CaptionStream.read
+    passes = iter(range(10))
+
+    def read(self: CaptionStream, **options: bool) -> Iterator[str]:
+        texts = right(self, **options)
+        return itertools.islice(texts, 20) if next(passes) == 1 else texts
+
+    monkeypatch.setattr(CaptionStream, "read", read)
+    with pytest.raises(DataError, match="were not found again"):
+        embed(settings, HashEncoder())
+    assert not EmbeddingStore.open(settings.out).complete
     monkeypatch.undo()
     assert torch.equal(embed(settings, HashEncoder()).get(EXPECTED), HashEncoder().encode(EXPECTED))
 

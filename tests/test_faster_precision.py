@@ -37,7 +37,7 @@ def test_on_a_cpu(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    assert faster_precision(module, torch.device("cpu")) == want
+    assert faster_precision(torch.device("cpu"), module) == want
 
 
 @pytest.mark.parametrize(("units", "want"), [(True, "bf16"), (False, "fp32")])
@@ -49,8 +49,8 @@ def test_on_a_gpu(units: bool, want: str, monkeypatch: pytest.MonkeyPatch) -> No
         return units
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert faster_precision(DEPTHWISE, torch.device("cuda")) == want and asked == [False]
-    assert faster_precision(LINEAR, torch.device("mps")) == "fp32"
+    assert faster_precision(torch.device("cuda"), DEPTHWISE) == want and asked == [False]
+    assert faster_precision(torch.device("mps"), LINEAR) == "fp32"
 
 
 def test_the_benchmark_measures_both_precisions_and_judges_the_choice() -> None:
@@ -58,7 +58,7 @@ def test_the_benchmark_measures_both_precisions_and_judges_the_choice() -> None:
     options = bench_bf16.parse(arguments)
     found = list(bench_bf16.workloads(64, "cpu"))
     row = bench_bf16.measure(*found[0], "cpu", options)
-    assert 0 < row["error"] < 3e-2 and row["auto"] == faster_precision(found[0][1], torch.device("cpu"))
+    assert 0 < row["error"] < 3e-2 and row["auto"] == faster_precision(torch.device("cpu"), found[0][1])
     assert row["step_bf16_gain"] > 0 and row["forward_bf16_ms"] > 0
     for auto, gain, fault in (
         ("bf16", 1.9, False),

@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from gloo import run_on_ranks  # noqa: E402
 
-from llm2clip.losses import cal_flash_loss, cal_inf_loss  # noqa: E402
+from llm2clip.losses import cal_flash_loss, cal_inf_loss, cal_ring_loss  # noqa: E402
 
 
 def features(rows: int, seed: int, dim: int = 12) -> Tensor:
@@ -51,6 +51,7 @@ def test_alone(labels: Tensor | None, keys: int) -> None:
     for function, definition in (
         (cal_flash_loss, plain),
         (cal_inf_loss, lambda *args: plain(*args).mean()),
+        (cal_ring_loss, lambda *args: plain(*args).mean()),
     ):
         want = results(definition, inputs, torch.float64)
         for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
@@ -93,7 +94,7 @@ def test_two_ranks() -> None:
 
 
 def test_signatures_and_errors() -> None:
-    for function in (cal_inf_loss, cal_flash_loss):
+    for function in (cal_inf_loss, cal_flash_loss, cal_ring_loss):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == ["q", "k", "labels", "scale", "head_dim"]
         assert parameters["head_dim"].default == 256

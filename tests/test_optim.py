@@ -10,7 +10,8 @@ from torch import nn
 
 from llm2clip.errors import ConfigError
 from llm2clip.settings import OptimSettings
-from llm2clip.training.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
+from llm2clip.training.optim import build_optimizer, clip_gradients
+from llm2clip.training.schedule import lr_factor, set_learning_rate
 
 
 def groups() -> dict[str, list[tuple[str, nn.Parameter]]]:

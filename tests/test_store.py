@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from llm2clip.data.store import EmbeddingStore, StoreWriter, caption_digest, repair_store, verify_store
-from llm2clip.data.store_format import DigestIndex, digest_array
 from llm2clip.errors import StoreError, UserError
 
 FINGERPRINT = {"weights": "abc", "pooling": "mean", "max_length": 512}
@@ -113,26 +112,6 @@ def test_lookup_is_a_dictionary(
     asked = [names[i] for i in order if i < len(names)]
     assert torch.equal(store.get(asked), vectors(asked))
     assert len(store) == len(set(names))
-
-
-def test_lookup_tells_apart_addresses_with_equal_halves() -> None:
-    high, low = np.meshgrid(np.arange(5, dtype=np.uint64), np.arange(70_000 // 5, dtype=np.uint64))
-    digests = np.stack([high.ravel(), low.ravel()], axis=1)
-    index = DigestIndex()
-    index.extend(digests[:1000], 0)
-    index.extend(digests[1000:], 1000)  # above the limit: merged at once, while the first stay recent
-    index.extend(np.array([[9, 9]], np.uint64), 70_000)
-    shuffled = np.random.default_rng(0).permutation(len(digests))
-    assert (index.find(digests[shuffled]) == shuffled).all()
-    assert index.find(np.array([[0, 10**6], [9, 9], [7, 0]], np.uint64)).tolist() == [-1, 70_000, -1]
-
-
-def test_lookup_among_millions() -> None:
-    digests = np.random.default_rng(0).integers(0, 2**63, (2_000_000, 2), dtype=np.uint64)
-    index = DigestIndex()
-    index.extend(digests, 0)
-    assert (index.find(digests[:16384]) == np.arange(16384)).all()
-    assert (index.find(digests[-16384:]) == np.arange(2_000_000 - 16384, 2_000_000)).all()
 
 
 def test_missing_captions_are_counted_and_the_first_ten_named(tmp_path: Path) -> None:
@@ -372,7 +351,3 @@ def test_a_store_travels_to_a_loader_process(tmp_path: Path) -> None:
     store = build(tmp_path, texts(40))
     again = pickle.loads(pickle.dumps(store))
     assert torch.equal(again.get(texts(40)), vectors(texts(40)))
-
-
-def test_lone_surrogates_have_an_address() -> None:
-    assert len({row.tobytes() for row in digest_array(["\ud800", "\ud801", ""])}) == 3

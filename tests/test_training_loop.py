@@ -19,7 +19,7 @@ from torch import Tensor
 from llm2clip.errors import CheckpointError, ConfigError, DataError, TrainingError
 from llm2clip.settings import RunSettings
 from llm2clip.training import checkpoint
-from llm2clip.training.loop import _step_seed, train
+from llm2clip.training.loop import step_seed, train
 from tests.training_kit import (
     ALONE,
     OPTIM,
@@ -66,7 +66,7 @@ def test_training_changes_with_seed_and_dropout(tmp_path: Path, whole: Path) -> 
 
 
 def test_step_seeds_differ_within_a_run() -> None:
-    seeds = {_step_seed(0, step, rank) for step in range(500) for rank in range(16)}
+    seeds = {step_seed(0, step, rank) for step in range(500) for rank in range(16)}
     assert len(seeds) == 8000 and min(seeds) >= 0
 
 

@@ -39,13 +39,16 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
 
 
-def tiny_model(family: str, *, attn: str | None = None, seed: int = 0, **changes: Any) -> Any:
-    """A tiny decoder with random weights, large enough that attention is not uniform."""
-    from transformers import AutoModel
+def tiny_model(
+    family: str, *, attn: str | None = None, seed: int = 0, head: bool = False, **changes: Any
+) -> Any:
+    """A tiny decoder with random weights, large enough that attention is not uniform; `head`: a causal LM."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     extra = {} if attn is None else {"attn_implementation": attn}
-    model = AutoModel.from_config(tiny_config(family, **changes), **extra)
+    kind = AutoModelForCausalLM if head else AutoModel
+    model = kind.from_config(tiny_config(family, **changes), **extra)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -76,4 +79,34 @@ def save_tiny(folder: Path, family: str = "llama", **options: Any) -> Path:
     tokenizer = {k: options.pop(k) for k in ("eos", "pad", "bos") if k in options}
     tiny_model(family, **options).save_pretrained(folder)
     tiny_tokenizer(**tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_clip(folder: Path, *, siglip: bool = False, dim: int = 8, seed: int = 0) -> Path:
+    """Write a whole tiny CLIP (or SigLIP) model of 8-pixel images, with its tokenizer and preprocessing."""
+    import json
+
+    import transformers
+
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": VOCAB, "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 2}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(seed)
+    model: Any
+    if siglip:
+        text |= {"projection_size": dim}
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision | {"hidden_size": dim})
+        model = transformers.SiglipModel(config)
+    else:
+        model = transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    preprocessing = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.25], "do_center_crop": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder

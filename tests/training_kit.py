@@ -29,7 +29,7 @@ from tests.tiny_models import save_tiny
 ALONE = World(0, 1, torch.device("cpu"))
 OPTIM = OptimSettings(lr=1e-2, warmup_steps=2)
 # time measured by a run, which no two runs share
-TIMES = {"samples_per_second", "data_wait"}
+TIMES = {"samples_per_second", "data_wait", "tflops", "mfu", "peak_memory_mib"}
 
 
 class Interrupted(Exception):
@@ -70,6 +70,7 @@ class ToyTask:
 
     title = "toy"
     token_budget = 0
+    additive, sharded = False, False
 
     def __init__(
         self, run: RunSettings, hooks: Hooks | None = None, *, width: int = 6, size: int = 20
@@ -237,12 +238,12 @@ class Kit:
         }
         return from_tree(FinetuneLLMSettings, tree)
 
-    def clip_stage(self, out: Path, **run: Any) -> TrainSettings:
-        """Settings of a tiny CLIP stage with dropout."""
+    def clip_stage(self, out: Path, more: Mapping[str, Any] | None = None, **run: Any) -> TrainSettings:
+        """Settings of a tiny CLIP stage with dropout; `more` is merged into their groups."""
         dropout = run.pop("dropout", 0.2)
         config = CLIP_VISION | {"attention_dropout": dropout / 2}
         (self.root / f"vision-{dropout}.json").write_text(json.dumps(config))
-        tree = {
+        tree: dict[str, Any] = {
             "data": self.data() | {"workers": run.pop("workers", 0)} | run.pop("data", {}),
             "store": run.pop("store", str(self.root / "store")),
             "model": {
@@ -259,11 +260,21 @@ class Kit:
             "optim": {"lr": run.pop("lr", 1e-3), "warmup_steps": 2},
             "run": self._run(out, run),
         }
+        for group, values in (more or {}).items():
+            known = tree.get(group, {})
+            tree[group] = {**known, **values} if isinstance(values, Mapping) else values
         return from_tree(TrainSettings, tree)
 
     @staticmethod
     def _run(out: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-        common = {"steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "device": "cpu"}
+        common = {
+            "steps": 6,
+            "batch_size": 8,
+            "log_every": 1,
+            "save_every": 2,
+            "device": "cpu",
+            "peak_tflops": 0,
+        }
         return {"out": str(out), **common, **run}
 
 

@@ -11,7 +11,12 @@ from .packed_attention import packed_attention
 from .segment_mean import segment_mean
 from .similarity_distill import similarity_distill
 from .similarity_lse import similarity_lse
-from .similarity_rank import retrieval_metrics, similarity_rank, similarity_rank_counts
+from .similarity_rank import (
+    retrieval_metrics,
+    similarity_rank,
+    similarity_rank_counts,
+    similarity_rank_stream,
+)
 from .similarity_topk import SimilarityTopK, similarity_topk, similarity_topk_stream
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "similarity_lse",
     "similarity_rank",
     "similarity_rank_counts",
+    "similarity_rank_stream",
     "similarity_topk",
     "similarity_topk_stream",
 ]

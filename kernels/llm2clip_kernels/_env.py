@@ -8,7 +8,7 @@
 | `LLM2CLIP_CPU_ISA` | `auto`, `portable`, `avx2`, `avx512` | vector instructions of the native CPU kernels; `auto`: the best |
 | `LLM2CLIP_CPU_GEMM` | `auto`, `torch`, `avx2`, `avx512` | what multiplies the tiles on a CPU; `auto`: ours on AMD |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
-| `LLM2CLIP_SMALL_PAIRS` | integer, default 16384 | up to so many pairs, plain torch: launching a kernel costs more |
+| `LLM2CLIP_SMALL_PAIRS` | integer, default 44100 | up to so many pairs, plain torch: launching a kernel costs more |
 | `LLM2CLIP_AUTOTUNE` | `1` | time the Triton configurations on first use, keep the fastest in the tuning file |
 | `LLM2CLIP_TUNING_FILE` | path, default `~/.cache/llm2clip/tuning.json` | where found configurations are kept |
 | `TRITON_INTERPRET` | `1` | Triton's own: kernels run in its interpreter, on CPU tensors too |
@@ -80,7 +80,7 @@ def cache_budget_bytes() -> int:
 
 def small_pairs() -> int:
     """Returns up to how many pairs M·N `method="auto"` leaves to plain torch; 0 where a backend is forced."""
-    return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 128 * 128, " of pairs")
+    return 0 if forced_backend() != "auto" else _whole_number("LLM2CLIP_SMALL_PAIRS", 210 * 210, " of pairs")
 
 
 def autotune() -> bool:

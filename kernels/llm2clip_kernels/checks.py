@@ -43,6 +43,13 @@ def check_pair(x: Tensor, y: Tensor, name: str) -> None:
         )
 
 
+def check_paired(x: Tensor, y: Tensor, name: str, rows: str = "x and y") -> None:
+    """As `check_pair`, and that row i of x can belong to row i of y; `rows` is what messages call the two."""
+    check_pair(x, y, name)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"{name}: {rows} must pair up, got {x.shape[0]} and {y.shape[0]} rows")
+
+
 def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "scale") -> Tensor:
     """Returns scale as a 0-dim tensor, fp32 (fp64 for fp64), on like's device; keeps its gradient.
 
@@ -56,7 +63,9 @@ def scale_tensor(scale: Tensor | float, like: Tensor, name: str, label: str = "s
             )
         if not (scale.is_floating_point() or scale.dtype in (torch.int32, torch.int64)):
             raise TypeError(f"{name}: {label} must be a real number, got {scale.dtype}")
-        return scale.reshape(()).to(device=like.device, dtype=dtype)
+        # a view would be one more node for autograd to walk through
+        scalar = scale.reshape(()) if scale.dim() > 0 else scale
+        return scalar.to(device=like.device, dtype=dtype)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: {label} must be a number or a 1-element tensor, got {type(scale).__name__}")
     return torch.full((), float(scale), dtype=dtype, device=like.device)

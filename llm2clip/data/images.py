@@ -20,6 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 EXIF_ORIENTATION = 0x0112
 WHITE = (255, 255, 255)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def decode_image(
@@ -130,14 +132,35 @@ def _oriented(image: Image.Image) -> Image.Image:
         return image
 
 
+def normalize_pixels(
+    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> torch.Tensor:
+    """uint8 pixels (..., 3, S, S) to (x / 255 - mean) / std, float32 on the same device."""
+    scale = torch.tensor(std, device=pixels.device)
+    shift = torch.tensor(mean, device=pixels.device) / scale
+    # one multiplication and one subtraction
+    return pixels.float().mul_((1.0 / (255.0 * scale))[:, None, None]).sub_(shift[:, None, None])
+
+
+Box = tuple[float, float, float, float]
+_LONGEST = 32  # aspect ratio
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize to a square and normalise.
 
-    Evaluation takes the whole image (`fit="pad"`: long side to `size`, rest filled with `background`) or
-    its centre (`fit="crop"`: short side to `size`). Training takes a random part of that square or of
-    the image, and mirrors it if asked to. Images less than half the target size are enlarged without
-    smoothing, which keeps pixel art what it is; everything else is bicubic.
+    Evaluation takes the whole image (`fit="pad"`: long side to `size`, rest filled with `background`), its centre
+    (`fit="crop"`: short side to `size`; the pixels are those of transformers' CLIP processor, which resizes first
+    and crops afterwards) or all of it with another aspect (`fit="squash"`). Training takes a random part of that
+    and mirrors it if asked to. With `interpolation="adaptive"` images less than half the target size are enlarged
+    without smoothing, which keeps pixel art what it is, and everything else is bicubic.
 
     Attributes:
         size: side S of the result in pixels.
@@ -145,6 +168,8 @@ class ImageTransform:
         std: standard deviation of each channel.
         train: random resized crop and mirroring; needs the `rng` argument.
         fit: how an image that is not square becomes square.
+        interpolation: how pixels are resampled.
+        resize: crop: the short side in pixels before the centre of `size` is cut out; 0: `size`.
         scale: least and largest share of the area that a training crop keeps.
         ratio: narrowest and widest aspect of a training crop.
         flip: probability of mirroring left to right in training; 0 where text or sides matter.
@@ -152,55 +177,86 @@ class ImageTransform:
     """
 
     size: int
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     train: bool = False
-    fit: Literal["pad", "crop"] = "pad"
+    fit: Literal["pad", "crop", "squash"] = "pad"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "adaptive"] = "adaptive"
+    resize: int = 0
     scale: tuple[float, float] = (0.6, 1.0)
     ratio: tuple[float, float] = (0.8, 1.25)
     flip: float = 0.0
     background: tuple[int, int, int] = WHITE
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Return the image as float32 of shape (3, S, S).
+        """Return the image as float32 of shape (3, S, S), normalised. Raises as `pixels` does."""
+        return normalize_pixels(self.pixels(image, rng), self.mean, self.std)
+
+    @property
+    def min_side(self) -> int:
+        """Short side in pixels below which an image would be enlarged: what `decode_image` may decode at."""
+        least = math.sqrt(self.scale[0] * min(self.ratio[0], 1.0 / self.ratio[1])) if self.train else 1.0
+        return math.ceil(self._short() / least)
+
+    def pixels(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Return the image as uint8 of shape (3, S, S), which `normalize_pixels` normalises: a quarter of the memory.
 
         Raises:
             ValueError: `train` is set and no `rng` is given.
         """
-        box = self._square(image.width, image.height)
         mirror = False
         if self.train:
             if rng is None:
                 raise ValueError("ImageTransform(train=True) needs a numpy Generator for its random crops")
-            box = self._random_part(box, rng)
+            part = self._random_part(self._whole(image.width, image.height), rng)
             mirror = rng.random() < self.flip
-        pixels = np.asarray(self._cut(image, box), dtype=np.float32)
+            square = self._cut(image, part)
+        elif self.fit == "crop":
+            square = self._centre(image)
+        else:
+            square = self._cut(image, self._whole(image.width, image.height))
+        pixels = np.asarray(square)
         if mirror:
             pixels = pixels[:, ::-1]
-        std = np.asarray(self.std, dtype=np.float32)
-        # x / 255 and (x - mean) / std as one multiplication and one subtraction
-        pixels = pixels * (1.0 / (255.0 * std)) - np.asarray(self.mean, dtype=np.float32) / std
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
-    def _square(self, width: int, height: int) -> tuple[float, float, float, float]:
-        side = max(width, height) if self.fit == "pad" else min(width, height)
+    def _whole(self, width: int, height: int) -> Box:
+        """The part of the image, or around it, that is shown."""
+        if self.fit == "squash":
+            return 0.0, 0.0, float(width), float(height)
+        side = float(max(width, height))
+        if self.fit == "crop":
+            side = min(width, height) * self.size / self._short()
         left, top = (width - side) / 2, (height - side) / 2
         return left, top, left + side, top + side
 
-    def _random_part(
-        self, box: tuple[float, float, float, float], rng: np.random.Generator
-    ) -> tuple[float, float, float, float]:
+    def _short(self) -> int:
+        return max(self.resize, self.size)
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        """Resized, then cut; a resize of the part alone gives other pixels where its edges fall between two."""
+        width, height, short = image.width, image.height, self._short()
+        landscape = width > height
+        long = short * max(width, height) // min(width, height)
+        if long > _LONGEST * short:
+            return self._cut(image, self._whole(width, height))  # the resized whole would not fit in memory
+        new_width, new_height = (long, short) if landscape else (short, long)
+        whole = image.resize((new_width, new_height), self._method(image))
+        left, top = (new_width - self.size) // 2, (new_height - self.size) // 2
+        return whole.crop((left, top, left + self.size, top + self.size))
+
+    def _random_part(self, box: Box, rng: np.random.Generator) -> Box:
         left, top, right, bottom = box
-        side = right - left
+        across, down = right - left, bottom - top
         area = rng.uniform(*self.scale)
         aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-        width = min(1.0, math.sqrt(area * aspect)) * side
-        height = min(1.0, math.sqrt(area / aspect)) * side
-        left += rng.uniform(0.0, side - width) if width < side else 0.0
-        top += rng.uniform(0.0, side - height) if height < side else 0.0
+        width = min(1.0, math.sqrt(area * aspect)) * across
+        height = min(1.0, math.sqrt(area / aspect)) * down
+        left += rng.uniform(0.0, across - width) if width < across else 0.0
+        top += rng.uniform(0.0, down - height) if height < down else 0.0
         return left, top, left + width, top + height
 
-    def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    def _cut(self, image: Image.Image, box: Box) -> Image.Image:
         """The content of `box` at size S x S; parts of the box outside the image are background."""
         left, top, right, bottom = box
         x0, y0 = max(left, 0.0), max(top, 0.0)
@@ -211,11 +267,20 @@ class ImageTransform:
             max(1, round((x1 - left) * across) - place[0]),
             max(1, round((y1 - top) * down) - place[1]),
         )
-        small = max(image.size) * 2 <= self.size
-        method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
-        content = image.resize(extent, method, box=(x0, y0, x1, y1))
+        content = image.resize(extent, self._method(image), box=(x0, y0, x1, y1))
         if extent == (self.size, self.size):
             return content
         canvas = Image.new("RGB", (self.size, self.size), self.background)
         canvas.paste(content, place)
         return canvas
+
+    def _method(self, image: Image.Image) -> Image.Resampling:
+        if self.interpolation == "adaptive":
+            small = max(image.size) * 2 <= self.size
+            return Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+        return RESAMPLING[self.interpolation]
+
+
+def as_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """An image that another library has decoded, in the form that `decode_image` gives: RGB, upright, opaque."""
+    return _oriented(_to_rgb(image, background))

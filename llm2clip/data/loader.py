@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -12,7 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm2clip.data.order import EpochOrder, batch_indices
+from llm2clip.data.mixture import Mixture
+from llm2clip.data.order import EpochOrder, SourceBatches, batch_indices
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.errors import BadSampleError, DataError
@@ -21,6 +24,8 @@ log = logging.getLogger("llm2clip.data")
 
 Transform: TypeAlias = Callable[[Sample, np.random.Generator], Any]
 Collate: TypeAlias = Callable[[list[Any]], Any]
+Join: TypeAlias = Callable[[list[Any]], Any]
+Request: TypeAlias = list[tuple[int, int]]  # (epoch, index) of the samples of a piece
 # fewer samples say nothing about the share of bad ones
 MIN_SAMPLES_FOR_SHARE = 50
 NAMED_IN_ERROR = 10
@@ -70,25 +75,30 @@ class Loader:
     """Iterates over `(position, items)`; `position` is what to resume from after the batch.
 
     `items` is the list of what `transform` returned for this rank's part of the global batch, or
-    `collate(items)`. A sample whose reading or transform raises BadSampleError is left out of its batch
-    and counted in `bad`. The random numbers of a sample come from (seed, epoch, index) alone: batches
-    are the same for any number of workers and after any resume.
+    `collate(items)`, or with `piece` what `join` makes of several such. A sample whose reading or transform
+    raises BadSampleError is left out of its batch and counted in `bad`. The random numbers of a sample come
+    from (seed, epoch, index) alone: batches are the same for any number of workers and after any resume.
 
     Args:
         source: the samples.
         batch_size: samples per batch over all ranks.
         transform: `transform(sample, rng)`, run in the worker; may raise BadSampleError.
         collate: joins the items of a batch in the worker; with tensors much cheaper to send than items.
+        piece: at most so many samples are one worker's task; 0: the whole part of a rank. Small pieces keep all
+            workers busy on one batch and bound what waits in memory; needs `collate` and `join`.
+        join: makes a batch of the collated pieces of which something is left, in order.
+        pin: give tensors in page-locked memory, for the transfer to a GPU; collated items then have `pin_memory()`.
         seed: of order and transform.
         rank: number of this process.
         world_size: number of processes.
-        workers: reading processes; 0 reads in this one.
+        workers: reading processes; 0 reads in a thread of this one, a batch ahead.
         start: (epoch, batch) to begin at.
         epochs: epoch at which the stream ends; None never ends.
         max_bad_share: stop with DataError past this share of bad samples.
         shuffle: False keeps the source's order.
         shuffle_window: shards per shuffling window.
         text_only: read captions without images.
+        one_source: every batch comes from one source of a mixture (`order.SourceBatches`).
 
     Raises:
         DataError: the source is smaller than one batch, or an argument is out of range.
@@ -101,6 +111,9 @@ class Loader:
         transform: Transform,
         *,
         collate: Collate | None = None,
+        piece: int = 0,
+        join: Join | None = None,
+        pin: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -111,6 +124,7 @@ class Loader:
         shuffle: bool = True,
         shuffle_window: int = 16,
         text_only: bool = False,
+        one_source: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank must be in [0, {world_size}), got {rank}")
@@ -127,11 +141,20 @@ class Loader:
             raise DataError(
                 f"workers must be >= 0 and max_bad_share in [0, 1], got {workers} and {max_bad_share}"
             )
-        self.order = EpochOrder(source, seed, shuffle, shuffle_window)
+        if piece < 0 or (piece > 0) != (join is not None) or (piece and collate is None):
+            raise DataError("pieces of a batch need `collate`, `join`, and a size above 0")
+        self.order = (
+            SourceBatches(source, batch_size, seed, shuffle, shuffle_window)
+            if one_source and isinstance(source, Mixture)
+            else EpochOrder(source, seed, shuffle, shuffle_window)
+        )
         self.steps_per_epoch = len(self.order) // batch_size
         self.bad = BadSamples()
         self._source, self._batch_size, self._workers = source, batch_size, workers
         self._rank, self._world_size = rank, world_size
+        share = (rank + 1) * batch_size // world_size - rank * batch_size // world_size
+        self._piece, self._join, self._pin = piece or share, join, pin
+        self._pieces = -(-share // self._piece)
         epoch, batch = (start.epoch, start.batch) if isinstance(start, Position) else start
         # the end of an epoch is the beginning of the next
         self._start = Position(epoch + batch // self.steps_per_epoch, batch % self.steps_per_epoch)
@@ -140,9 +163,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Position, Any]]:
         if self._workers == 0:
-            results: Iterator[_Result] = (
-                self._reader.__getitems__(requests) for requests in self._requests()
-            )
+            results: Iterator[_Result] = _ahead(self._reader.__getitems__, self._requests(), self._pieces)
         else:
             results = iter(
                 DataLoader(
@@ -150,19 +171,30 @@ class Loader:
                     batch_sampler=_Requests(self),
                     num_workers=self._workers,
                     collate_fn=_same,
-                    prefetch_factor=2,
+                    # a batch ahead while the one before is trained on
+                    prefetch_factor=max(2, -(-self._pieces // self._workers) + 1),
+                    pin_memory=self._pin,
                     # the default generator would lose a number here, and with it the exact resume
                     generator=torch.Generator(),
                 )
             )
-        for position, result in zip(self._positions(), results, strict=False):
-            if result.error is not None:
-                raise result.error
-            self.bad.seen += result.seen
-            for key, reason in result.bad:
-                self.bad.add(key, reason)
-            self.bad.check(self._source.name, self._max_bad_share)
-            yield position, pickle.loads(result.packed) if result.packed else result.items
+        for position in self._positions():
+            pieces = [self._checked(next(results)) for _ in range(self._pieces)]
+            if self._join is None:
+                yield position, pieces[0]
+            else:
+                left = [piece for piece in pieces if len(piece)]
+                yield position, self._join(left) if left else []
+
+    def _checked(self, result: _Result) -> Any:
+        """The items of a result, whose bad samples are counted."""
+        if result.error is not None:
+            raise result.error
+        self.bad.seen += result.seen
+        for key, reason in result.bad:
+            self.bad.add(key, reason)
+        self.bad.check(self._source.name, self._max_bad_share)
+        return pickle.loads(result.packed) if result.packed else result.items
 
     def _epoch_starts(self) -> Iterator[tuple[int, int]]:
         epoch, batch = self._start.epoch, self._start.batch
@@ -175,11 +207,13 @@ class Loader:
             for batch in range(first + 1, self.steps_per_epoch + 1):
                 yield Position(epoch + 1, 0) if batch == self.steps_per_epoch else Position(epoch, batch)
 
-    def _requests(self) -> Iterator[list[tuple[int, int]]]:
+    def _requests(self) -> Iterator[Request]:
         for epoch, first in self._epoch_starts():
             batches = batch_indices(self.order, epoch, self._batch_size, self._rank, self._world_size)
             for indices in batches[first:]:
-                yield [(epoch, int(index)) for index in indices]
+                requests = [(epoch, int(index)) for index in indices]
+                for start in range(0, len(requests), self._piece):
+                    yield requests[start : start + self._piece]
 
 
 @dataclass(slots=True)
@@ -189,6 +223,12 @@ class _Result:
     bad: list[tuple[str, str]]
     packed: bytes = b""
     error: Exception | None = None
+
+    def pin_memory(self) -> _Result:
+        """Called by torch's pinning thread; packed items have nothing to pin."""
+        if hasattr(self.items, "pin_memory"):
+            self.items = self.items.pin_memory()
+        return self
 
 
 class _Reader(Dataset[Any]):
@@ -239,8 +279,23 @@ class _Requests:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Request]:
         return self._loader._requests()
+
+
+def _ahead(read: Callable[[Request], _Result], requests: Iterator[Request], count: int) -> Iterator[_Result]:
+    """Results of `read` in order, made by a thread that is `count` requests ahead."""
+    pool = ThreadPoolExecutor(1, "read")
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for request in requests:
+            waiting.append(pool.submit(read, request))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _same(result: Any) -> Any:

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 
 from llm2clip.data.sample import Sample
-from llm2clip.data.sources import Source
+from llm2clip.data.sources import Source, stamp_of
 from llm2clip.errors import DataError
 
 
@@ -54,6 +54,11 @@ class Mixture:
     def captions_of(self, index: int) -> Sample:
         source, local = self._locate(index)
         return source.captions_of(local)
+
+    def image_stamp(self, index: int) -> str:
+        """As the source that the sample is from says it."""
+        source, local = self._locate(index)
+        return stamp_of(source, local)
 
     def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -79,6 +79,60 @@ class EpochOrder:
         return np.concatenate(windows) if windows else np.empty(0, np.int64)
 
 
+class SourceBatches(EpochOrder):
+    """An order in which every batch comes from one source of a mixture (LLM2Vec, arXiv 2404.05961, appendix).
+
+    Each source is cut into whole batches anew every epoch, what is left over sits that epoch out, and the batches
+    of all sources follow each other in random order. Weights share out the number of batches, whole passes first.
+
+    Args:
+        source: a mixture.
+        batch_size: samples of a batch over all ranks.
+        seed, shuffle, window: as in `EpochOrder`.
+
+    Raises:
+        DataError: a source that is to be drawn from is smaller than one batch.
+    """
+
+    def __init__(
+        self, source: Mixture, batch_size: int, seed: int = 0, shuffle: bool = True, window: int = 16
+    ) -> None:
+        super().__init__(source, seed, shuffle, window)
+        whole = [len(part) // batch_size for part in source.sources]
+        batches = _shares(source.weights, sum(whole)) if source.weights else whole
+        for part, count, wanted in zip(source.sources, whole, source.weights or whole, strict=True):
+            if count < 1 and (wanted > 0 or not source.weights):
+                raise DataError(
+                    f"{part.name} has {len(part)} samples, fewer than one batch of {batch_size}, and a batch comes "
+                    "from one source; lower the batch size, drop the source, or set pairs.one_source=false"
+                )
+        self._mixture, self._batch_size, self._batches = source, batch_size, batches
+
+    def __len__(self) -> int:
+        return sum(self._batches) * self._batch_size
+
+    def indices(self, epoch: int) -> Indices:
+        rng = np.random.default_rng([self.seed, epoch])
+        drawn = [
+            self._cut(source, start, count, rng).reshape(count, self._batch_size)
+            for source, start, count in zip(
+                self._mixture.sources, self._mixture.starts, self._batches, strict=False
+            )
+        ]
+        batches = np.concatenate(drawn)
+        return (batches[rng.permutation(len(batches))] if self.shuffle else batches).reshape(-1)
+
+    def _cut(self, source: Source, start: int, count: int, rng: np.random.Generator) -> Indices:
+        """Indices of `count` whole batches; a batch never straddles two passes, so no sample is in it twice."""
+        parts: list[Indices] = [np.empty(0, np.int64)]
+        left, each = count, len(source) // self._batch_size
+        while left > 0:
+            taken = min(left, each)
+            parts.append(self._pass(source.blocks, len(source), rng)[: taken * self._batch_size])
+            left -= taken
+        return start + np.concatenate(parts)
+
+
 def _shares(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in the ratio of `weights` that add up to `total` (largest remainders)."""
     exact = [weight / sum(weights) * total for weight in weights]

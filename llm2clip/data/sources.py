@@ -16,7 +16,7 @@ from llm2clip.errors import BadSampleError, DataError
 
 MAX_MEMBER_BYTES = 256 << 20
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
 _SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?:[-_.]|$)")
 _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val"}
 
@@ -41,6 +41,24 @@ class Source(Protocol):
         """Ranges [start, stop) of samples that lie together on disk; they cover the source in order."""
 
 
+@runtime_checkable
+class _Stamped(Protocol):
+    def image_stamp(self, index: int) -> str: ...
+
+
+def stamp_of(source: Source, index: int) -> str:
+    """A text that changes when a sample's image does, as far as that shows without reading the image.
+
+    Raises:
+        DataError: the source cannot tell.
+    """
+    if not isinstance(source, _Stamped):
+        raise DataError(
+            f"{source.name} does not tell when an image changes; give the images as shards or files"
+        )
+    return source.image_stamp(index)
+
+
 def open_source(
     paths: str | os.PathLike[str] | Sequence[str],
     *,
@@ -49,7 +67,7 @@ def open_source(
     max_member_bytes: int = MAX_MEMBER_BYTES,
     mixed_splits: bool = False,
 ) -> Source:
-    """Open tar shards, a folder with a captions file, .jsonl, .csv or .parquet files, or several of these.
+    """Open tar shards, a folder with a captions file, .jsonl, .csv, .parquet or .txt files, or several of these.
 
     Args:
         paths: each may hold brace ranges (`train-{000000..000012}.tar`) and globs. A directory is a
@@ -83,6 +101,7 @@ def open_source(
 def _open_one(path: str, limit: int | None, max_member_bytes: int, mixed_splits: bool) -> Source:
     from llm2clip.data.tabular import CsvSource, JsonlSource, ParquetSource
     from llm2clip.data.tarsource import TarSource
+    from llm2clip.data.textsource import TextSource
 
     files = expand_path(path)
     if len(files) == 1 and files[0].is_dir():
@@ -100,8 +119,10 @@ def _open_one(path: str, limit: int | None, max_member_bytes: int, mixed_splits:
         return CsvSource(files, name=path, limit=limit, max_image_bytes=max_member_bytes)
     if kinds in ([".jsonl"], [".ndjson"]):
         return JsonlSource(files, name=path, limit=limit, max_image_bytes=max_member_bytes)
+    if kinds == [".txt"]:
+        return TextSource(files, name=path, limit=limit)
     raise DataError(
-        f"{path} cannot be used as data: expected .tar, .jsonl, .csv or .parquet, "
+        f"{path} cannot be used as data: expected .tar, .jsonl, .csv, .parquet or .txt, "
         f"got {kinds[0] or 'a file without suffix'}"
     )
 

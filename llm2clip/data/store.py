@@ -1,14 +1,13 @@
 """Caption embeddings on disk, addressed by the caption's text.
 
-A store is written once by `StoreWriter` and read through memory maps by `EmbeddingStore`: opening
-reads the addresses (24 bytes a caption stay in memory), embeddings stay on disk until they are asked for.
+A store is written once by `StoreWriter` and read through memory maps by `EmbeddingStore`: embeddings and the table of
+addresses stay on disk until they are asked for, and all processes of a machine share what was read.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +16,80 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm2clip.data.store_format import (
-    DigestIndex,
-    ShardEntry,
-    StoreIndex,
-    as_digests,
-    caption_digest,
-    decode_rows,
-    digest_array,
-    fingerprint_difference,
-    preview,
-    shard_specs,
-)
-from llm2clip.data.store_writer import StoreWriter, check_shard, drop_shards, stray_files
-from llm2clip.data.tensorfile import map_tensors
+from llm2clip.data.store_check import StoreReport, check_shard, verify_store
+from llm2clip.data.store_format import StoreIndex, check_fingerprint, prefix_fingerprint, preview
+from llm2clip.data.store_lookup import caption_digest, digest_array, open_lookup
+from llm2clip.data.store_repair import repair_store
+from llm2clip.data.store_rows import open_rows
+from llm2clip.data.store_writer import StoreWriter
 from llm2clip.errors import StoreError
 from llm2clip.settings import StoreDtype
 
 __all__ = ["EmbeddingStore", "StoreReport", "StoreWriter", "caption_digest", "repair_store", "verify_store"]
 
+_OPEN_ATTEMPTS = 20  # a writer may merge parts between our reading of the index and of the parts
+
 
 class EmbeddingStore:
     """Embeddings of captions; open it with `EmbeddingStore.open(path)`.
 
+    What was there when it was opened stays readable while another process adds captions. It does not see those.
+
     Attributes:
         path: directory of the store.
-        dim: dimension of an embedding.
+        dim: dimension of an embedding, as it is read.
+        stored_dim: dimension on disk.
         dtype: stored precision; what is read is always fp32.
         fingerprint: identity of the encoder that made the embeddings.
         complete: False while `llm2clip embed` has not finished.
     """
 
-    def __init__(self, path: Path, index: StoreIndex) -> None:
+    def __init__(self, path: Path, index: StoreIndex, dim: int | None = None) -> None:
         self.path = path
-        self.dim: int = index.dim
+        self.dim: int = index.dim if dim is None else dim
+        self.stored_dim: int = index.dim
         self.dtype: StoreDtype = index.dtype
-        self.fingerprint: dict[str, Any] = index.fingerprint
+        self.fingerprint: dict[str, Any] = prefix_fingerprint(index.fingerprint, self.dim)
         self.complete: bool = index.complete
-        self._shards: list[ShardEntry] = index.shards
-        self._starts = index.starts()
-        self._maps: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self._lookup = DigestIndex()
-        if index.shards:
-            parts = [as_digests(self._tensors(number)["digests"]) for number in range(len(index.shards))]
-            self._lookup.extend(np.concatenate(parts), 0)
+        self._generation = index.generation
+        self._shards = index.shards
+        self._count = index.rows
+        self._source = open_rows(index.dim, index.dtype)
+        for entry in index.shards:
+            self._source.add(path / entry.file, entry)
+        self._lookup = open_lookup(path, index)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
+    def open(cls, path: str | os.PathLike[str], *, dim: int | None = None) -> EmbeddingStore:
         """Open the store in directory `path`.
 
+        Args:
+            path: the directory.
+            dim: read only the first values of each embedding, as Matryoshka training allows; None: all.
+
         Raises:
-            StoreError: there is no store, or a shard is missing, cut or has no valid header.
+            StoreError: there is no store, a shard is missing, cut or has no valid header, or `dim` is too large.
         """
         root = Path(path)
-        return cls(root, StoreIndex.load(root))
+        index = StoreIndex.load(root)
+        if dim is not None and not 1 <= dim <= index.dim:
+            raise StoreError(
+                f"{root} holds embeddings of dimension {index.dim}; the first {dim} were asked for"
+            )
+        for _ in range(_OPEN_ATTEMPTS):
+            try:
+                return cls(root, index, dim)
+            except StoreError as problem:
+                before, index = index, StoreIndex.load(root)
+                if index == before:
+                    raise StoreError(
+                        f"{problem}. Run `llm2clip store repair {root}` with the settings of `llm2clip embed`: it "
+                        "drops what is damaged and computes its captions anew."
+                    ) from None
+        return cls(root, index, dim)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._count
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", unfinished"
@@ -82,12 +98,22 @@ class EmbeddingStore:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # a loader process maps the files again by itself
-        return self.__dict__ | {"_maps": {}}
+        # another process maps the files again by itself; they may have been merged since, which moves no row
+        return {"path": self.path, "dim": self.dim, "count": self._count, "generation": self._generation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        again = EmbeddingStore.open(state["path"], dim=state["dim"])
+        if again._generation != state["generation"] or len(again) < state["count"]:
+            raise StoreError(f"{state['path']} was repaired while it was in use; open it again")
+        self.__dict__.update(again.__dict__)
 
     def find(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Row of each caption (n,), -1 where the store does not hold it."""
         return self._lookup.find(digest_array(texts))
+
+    def find_digests(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Row of each address (n, 2), -1 where the store does not hold it."""
+        return self._lookup.find(digests)
 
     def rows(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Row of each caption (n,).
@@ -106,34 +132,39 @@ class EmbeddingStore:
             )
         return rows
 
-    def get(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of `texts`: fp32 (n, dim). Raises as `rows` does."""
-        return self.read(self.rows(texts))
+    def get(self, texts: Sequence[str], *, out: Tensor | None = None) -> Tensor:
+        """Embeddings of `texts`: fp32 (n, dim). `out` and errors as in `read` and `rows`."""
+        return self.read(self.rows(texts), out=out)
 
-    def read(self, rows: npt.ArrayLike) -> Tensor:
+    def read(self, rows: npt.ArrayLike, *, out: Tensor | None = None) -> Tensor:
         """Embeddings at `rows`: fp32 (n, dim).
+
+        Args:
+            rows: (n,) row numbers.
+            out: contiguous fp32 (n, dim) on the CPU to write to, pinned if you like. Without it memory is allocated,
+                which takes longer than reading rows that are in memory.
 
         Raises:
             IndexError: a row is not in [0, len(self)).
-            StoreError: a shard cannot be read.
+            ValueError: `rows` or `out` has another shape.
         """
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = np.ascontiguousarray(rows, dtype=np.int64)
         if wanted.ndim != 1:
             raise ValueError(f"rows: expected one dimension, got shape {wanted.shape}")
-        out = torch.empty(len(wanted), self.dim)
+        shape = (len(wanted), self.dim)
+        if out is None:
+            # not torch.empty: NumPy asks for huge pages, which saves most of the page faults
+            out = torch.from_numpy(np.empty(shape, np.float32))
+        elif out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous() or out.is_cuda:
+            raise ValueError(
+                f"out: expected contiguous float32 of shape {shape} on the CPU, got {out.dtype} of shape "
+                f"{tuple(out.shape)} on {out.device}"
+            )
         if not len(wanted):
             return out
         if wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"rows from {wanted.min()} to {wanted.max()}; the store has {len(self)}")
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        # ascending rows inside a shard: the disk is read forwards
-        order = np.lexsort((wanted, shard_of))
-        for group in np.split(order, np.flatnonzero(np.diff(shard_of[order])) + 1):
-            number = int(shard_of[group[0]])
-            tensors = self._tensors(number)
-            local = wanted[group] - self._starts[number]
-            scales = tensors["scales"][local] if "scales" in tensors else None
-            out[torch.from_numpy(group)] = decode_rows(tensors["embeddings"][local], scales, self.dtype)
+        self._source.read(wanted, out.numpy())
         return out
 
     def check_fingerprint(self, expected: Mapping[str, Any]) -> None:
@@ -142,108 +173,10 @@ class EmbeddingStore:
         Raises:
             StoreError: says which entries differ.
         """
-        if difference := fingerprint_difference(self.fingerprint, expected):
-            raise StoreError(
-                f"the embedding store {self.path} was made by another encoder than expected:\n  "
-                + "\n  ".join(difference)
-                + "\nUse the store made with that LLM, or embed the captions again into a new directory."
-            )
+        check_fingerprint(self.path, self.fingerprint, expected)
 
     def verify(self) -> list[str]:
         """Read every byte and compare checksums; names of the damaged shards."""
-        return [entry.file for entry in self._shards if check_shard(self.path, entry, self.dim, self.dtype)]
-
-    def _tensors(self, number: int) -> dict[str, npt.NDArray[Any]]:
-        if number not in self._maps:
-            entry = self._shards[number]
-            try:
-                tensors = map_tensors(self.path / entry.file, expected_bytes=entry.bytes)
-            except StoreError as problem:
-                raise StoreError(
-                    f"{problem}. Run `llm2clip embed` again with the same settings: it drops the damaged "
-                    "shard and computes its captions anew."
-                ) from None
-            specs = shard_specs(entry.rows, self.dim, self.dtype)
-            if {name: tensor.shape for name, tensor in tensors.items()} != {
-                n: s.shape for n, s in specs.items()
-            }:
-                raise StoreError(
-                    f"{self.path / entry.file} does not hold the tensors that index.json promises"
-                )
-            self._maps[number] = tensors
-        return self._maps[number]
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """What `verify_store` found."""
-
-    path: Path
-    rows: int
-    shards: int
-    bytes: int
-    complete: bool
-    damaged: dict[str, str] = field(default_factory=dict)  # file -> what is wrong with it
-    stray: list[str] = field(default_factory=list)  # files of an interrupted write, not part of the store
-    duplicates: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """True when nothing is damaged or doubled."""
-        return not self.damaged and not self.duplicates
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.rows} captions in {self.shards} shards, {self.bytes / 2**20:.1f} MiB, "
-            + ("complete" if self.complete else "unfinished")
+        return [
+            entry.file for entry in self._shards if check_shard(self.path, entry, self.stored_dim, self.dtype)
         ]
-        lines += [f"  damaged: {file}: {reason}" for file, reason in self.damaged.items()]
-        lines += [f"  left over from an interrupted write, ignored: {name}" for name in self.stray]
-        if self.duplicates:
-            lines.append(f"  {self.duplicates} captions are stored twice")
-        lines.append(
-            "  all checksums agree"
-            if self.ok
-            else "  repair it by running `llm2clip embed` again with verify=true"
-        )
-        return "\n".join(lines)
-
-
-def verify_store(path: str | os.PathLike[str], *, checksums: bool = True) -> StoreReport:
-    """Check every shard of the store at `path`: presence, size, header and (unless told not to) SHA-256.
-
-    Raises:
-        StoreError: there is no store at `path` or its index is damaged.
-    """
-    root = Path(path)
-    index = StoreIndex.load(root)
-    damaged: dict[str, str] = {}
-    digests = []
-    for entry in index.shards:
-        if problem := check_shard(root, entry, index.dim, index.dtype, checksum=checksums):
-            damaged[entry.file] = problem
-        else:
-            digests.append(as_digests(map_tensors(root / entry.file)["digests"]))
-    known = np.concatenate(digests) if digests else np.empty((0, 2), np.uint64)
-    return StoreReport(
-        path=root,
-        rows=index.rows,
-        shards=len(index.shards),
-        bytes=sum(entry.bytes for entry in index.shards),
-        complete=index.complete,
-        damaged=damaged,
-        stray=[file.name for file in stray_files(root, index)],
-        duplicates=len(known) - len(np.unique(known, axis=0)),
-    )
-
-
-def repair_store(path: str | os.PathLike[str], *, checksums: bool = True) -> StoreReport:
-    """Drop the damaged shards, and only those, so that `llm2clip embed` computes them again.
-
-    Returns:
-        The report of what was found before the repair.
-    """
-    report = verify_store(path, checksums=checksums)
-    if report.damaged:
-        drop_shards(report.path, set(report.damaged))
-    return report

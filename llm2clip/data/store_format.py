@@ -1,12 +1,12 @@
-"""What an embedding store looks like on disk: caption addresses, number formats, the index.
+"""What an embedding store looks like on disk: number formats, tensors of a shard, the index.
 
 `docs/embedding-store.md` describes the directory; `store` reads it and `store_writer` writes it.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -21,95 +21,25 @@ from llm2clip.errors import StoreError
 from llm2clip.files import read_json, write_json
 from llm2clip.settings import StoreDtype
 
-FORMAT, VERSION = "llm2clip-embeddings", 1
+FORMAT, VERSION = "llm2clip-embeddings", 2
+_READABLE = (1, 2)  # version 1 has no checks of blocks and no lookup table
 INDEX_NAME = "index.json"
 DIGEST_BYTES = 16
+BLOCK_ROWS = 1024
+"""Rows that share a checksum inside a shard: damage is located, and repaired, to so many."""
 
-Digests = npt.NDArray[np.uint64]  # (n, 2): the two halves of each 128-bit address
+SCALED: tuple[StoreDtype, ...] = ("int8", "fp8")
+"""Formats with one fp32 scale a row."""
 
-_SAFETENSORS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8"}
-
-
-def caption_digest(text: str) -> bytes:
-    """128-bit BLAKE2b of the caption's UTF-8 text: its address in every store.
-
-    At 1e9 captions the chance that any two share an address is below 1e-20.
-    """
-    # JSON may carry half a surrogate pair, which strict UTF-8 refuses
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
-
-
-def digest_array(texts: Iterable[str]) -> Digests:
-    """Addresses of `texts` as an array (n, 2) of uint64."""
-    return as_digests(np.frombuffer(b"".join(map(caption_digest, texts)), dtype=np.uint8))
-
-
-def as_digests(raw: npt.NDArray[np.uint8]) -> Digests:
-    """View bytes (n * 16,) or (n, 16) as addresses (n, 2)."""
-    return np.ascontiguousarray(raw).reshape(-1).view("<u8").reshape(-1, 2)
-
-
-class DigestIndex:
-    """Row number of every stored address.
-
-    Most addresses lie in sorted arrays (24 bytes each); new ones gather in a dictionary that is merged
-    when it grows, so that both a finished store and a growing one of tens of millions of captions
-    answer quickly.
-    """
-
-    def __init__(self) -> None:
-        self._high = self._low = np.empty(0, np.uint64)
-        self._row = np.empty(0, np.int64)
-        self._recent: dict[tuple[int, int], int] = {}
-
-    def __len__(self) -> int:
-        return len(self._row) + len(self._recent)
-
-    def extend(self, digests: Digests, first_row: int) -> None:
-        """Register addresses that are not in the index yet; they own the rows from `first_row` on."""
-        if len(digests) > 65536:
-            self._merge(digests, np.arange(first_row, first_row + len(digests), dtype=np.int64))
-            return
-        pairs = zip(digests[:, 0].tolist(), digests[:, 1].tolist(), strict=True)
-        self._recent.update((pair, first_row + offset) for offset, pair in enumerate(pairs))
-        if len(self._recent) > max(65536, len(self._row) // 4):
-            recent, self._recent = self._recent, {}
-            keys = np.array(list(recent), dtype=np.uint64)
-            self._merge(keys, np.fromiter(recent.values(), np.int64, len(recent)))
-
-    def _merge(self, digests: Digests, rows: npt.NDArray[np.int64]) -> None:
-        high = np.concatenate([self._high, digests[:, 0]])
-        low = np.concatenate([self._low, digests[:, 1]])
-        row = np.concatenate([self._row, rows])
-        order = np.lexsort((low, high))
-        self._high, self._low, self._row = high[order], low[order], row[order]
-
-    def find(self, digests: Digests) -> npt.NDArray[np.int64]:
-        """Row of each address (n,), -1 where it is not stored."""
-        rows = np.full(len(digests), -1, np.int64)
-        if len(self._row) and len(digests):
-            position = np.searchsorted(self._high, digests[:, 0])
-            clipped = np.minimum(position, len(self._row) - 1)
-            same_high = self._high[clipped] == digests[:, 0]
-            same = same_high & (self._low[clipped] == digests[:, 1])
-            rows[same] = self._row[clipped[same]]
-            # two addresses with equal upper halves: search the lower half among those
-            for query in np.flatnonzero(same_high & ~same):
-                stop = np.searchsorted(self._high, digests[query, 0], side="right")
-                start = position[query]
-                offset = np.searchsorted(self._low[start:stop], digests[query, 1])
-                if start + offset < stop and self._low[start + offset] == digests[query, 1]:
-                    rows[query] = self._row[start + offset]
-        if self._recent:
-            for query in np.flatnonzero(rows < 0):
-                rows[query] = self._recent.get((int(digests[query, 0]), int(digests[query, 1])), -1)
-        return rows
+_SAFETENSORS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "fp8": "F8_E4M3"}
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
 def encode_rows(values: Tensor, dtype: StoreDtype) -> dict[str, npt.NDArray[Any]]:
     """Turn embeddings (n, dim) into the stored arrays.
 
-    int8 rows have one fp32 scale each, max|row| / 127, so the error is at most half a scale.
+    int8 and fp8 (e4m3) rows have one fp32 scale each, which takes the row's largest value to 127 or 448. The
+    error is at most half a scale for int8, and at most 1/16 of each value, or 2⁻¹⁰ scales, for fp8.
 
     Raises:
         StoreError: a value is not finite, or too large for fp16.
@@ -132,10 +62,14 @@ def encode_rows(values: Tensor, dtype: StoreDtype) -> dict[str, npt.NDArray[Any]
                 "set dtype to bf16 or fp32"
             )
         return {"embeddings": half.numpy()}
-    scales = values.abs().amax(dim=1) / 127 if values.shape[1] else torch.zeros(len(values))
-    divisor = torch.where(scales > 0, scales, 1.0)
-    quantised = (values / divisor[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return {"scales": scales.numpy(), "embeddings": quantised.numpy()}
+    scales = values.abs().amax(dim=1) / _LARGEST[dtype] if values.shape[1] else torch.zeros(len(values))
+    scaled = values / torch.where(scales > 0, scales, 1.0)[:, None]
+    largest = _LARGEST[dtype]
+    if dtype == "int8":
+        stored = scaled.round().clamp(-largest, largest).to(torch.int8).numpy()
+    else:
+        stored = scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return {"scales": scales.numpy(), "embeddings": stored}
 
 
 def decode_rows(
@@ -144,7 +78,8 @@ def decode_rows(
     """Inverse of `encode_rows` up to rounding: fp32 (n, dim). The arrays must be writable copies."""
     if dtype == "bf16":
         return torch.from_numpy(embeddings.view(np.int16)).view(torch.bfloat16).float()
-    values = torch.from_numpy(embeddings).float()
+    values = torch.from_numpy(embeddings)
+    values = values.view(torch.float8_e4m3fn).float() if dtype == "fp8" else values.float()
     if scales is not None:
         values *= torch.from_numpy(scales)[:, None]
     return values
@@ -152,11 +87,59 @@ def decode_rows(
 
 def shard_specs(rows: int, dim: int, dtype: StoreDtype) -> dict[str, TensorSpec]:
     """Tensors of a shard file, in file order."""
-    scales = {"scales": TensorSpec("F32", (rows,))} if dtype == "int8" else {}
+    scales = {"scales": TensorSpec("F32", (rows,))} if dtype in SCALED else {}
     return scales | {
         "embeddings": TensorSpec(_SAFETENSORS[dtype], (rows, dim)),
         "digests": TensorSpec("U8", (rows, DIGEST_BYTES)),
+        "checks": TensorSpec("U32", (-(-rows // BLOCK_ROWS),)),
     }
+
+
+LOOKUP_BYTES = 20.5
+"""What a caption takes in the table of addresses: address, row, share of the buckets."""
+
+
+def bytes_per_caption(dim: int, dtype: StoreDtype) -> float:
+    """What a caption takes on disk: embedding, scale, address, its share of checksums and of the lookup table."""
+    rows = BLOCK_ROWS
+    return sum(spec.nbytes for spec in shard_specs(rows, dim, dtype).values()) / rows + LOOKUP_BYTES
+
+
+class BlockChecks:
+    """CRC-32 of every block of `BLOCK_ROWS` rows, over its part of each tensor in the order of the file.
+
+    Attributes:
+        values: (blocks,) uint32.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.values = np.zeros(-(-rows // BLOCK_ROWS), np.uint32)
+
+    def watch(self, chunks: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
+        """Pass on arrays of rows that follow each other, and take them into account."""
+        row = 0
+        for chunk in chunks:
+            start = 0
+            while start < len(chunk):
+                block, inside = divmod(row + start, BLOCK_ROWS)
+                stop = min(len(chunk), start + BLOCK_ROWS - inside)
+                data = np.ascontiguousarray(chunk[start:stop]).reshape(-1).view(np.uint8).data
+                self.values[block] = zlib.crc32(data, int(self.values[block]))
+                start = stop
+            row += len(chunk)
+            yield chunk
+
+
+def wrong_blocks(tensors: Mapping[str, npt.NDArray[Any]], rows: int) -> npt.NDArray[np.int64]:
+    """Numbers of the blocks that differ from their checksums; all of them where there are none to compare."""
+    if "checks" not in tensors:
+        return np.arange(-(-rows // BLOCK_ROWS))
+    checks = BlockChecks(rows)
+    for name in ("scales", "embeddings", "digests"):
+        if name in tensors:
+            for _ in checks.watch([tensors[name]]):
+                pass
+    return np.flatnonzero(checks.values != tensors["checks"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +152,39 @@ class ShardEntry:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class LookupEntry:
+    """The table of addresses of the first `rows` captions (see `store_lookup.AddressTable`)."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
 @dataclass(slots=True)
 class StoreIndex:
-    """Content of index.json: what belongs to the store, and who made it."""
+    """Content of index.json: what belongs to the store, and who made it.
+
+    Attributes:
+        dim, dtype: of the stored embeddings.
+        fingerprint: identity of the encoder.
+        complete: whether `llm2clip embed` came to its end.
+        shards: files with embeddings, in the order of their rows.
+        generation: how often rows got other numbers (by a repair); adding captions and merging parts leave them.
+        serial: number of the next file. No name is ever used twice: a process that has read an older index must not
+            find other rows under a name that it knows.
+        lookup: table of addresses, if there is one.
+    """
 
     dim: int
     dtype: StoreDtype
     fingerprint: dict[str, Any]
     complete: bool = False
     shards: list[ShardEntry] = field(default_factory=list)
+    generation: int = 0
+    serial: int = 0
+    lookup: LookupEntry | None = None
 
     @property
     def rows(self) -> int:
@@ -187,6 +194,13 @@ class StoreIndex:
     def starts(self) -> npt.NDArray[np.int64]:
         """First row of each shard and, last, the number of rows: (shards + 1,)."""
         return np.cumsum([0, *(entry.rows for entry in self.shards)], dtype=np.int64)
+
+    def new_name(self, kind: str) -> str:
+        """A file name that this store has never had."""
+        # stores of version 1 count nothing: their numbers are in the names
+        numbers = [int(entry.file.removesuffix(".safetensors").rpartition("-")[2]) for entry in self.shards]
+        self.serial = max([self.serial, *(number + 1 for number in numbers)]) + 1
+        return f"{kind}-{self.serial - 1:06d}.safetensors"
 
     def save(self, root: Path) -> None:
         """Write index.json atomically: the instant at which a change of the store happens."""
@@ -210,22 +224,25 @@ class StoreIndex:
         try:
             if content["format"] != FORMAT:
                 raise StoreError(f"{path} describes {content['format']!r}, expected {FORMAT!r}")
-            if content["version"] != VERSION:
+            if content["version"] not in _READABLE:
                 raise StoreError(
-                    f"{path} has version {content['version']}, this program reads version {VERSION}; "
+                    f"{path} has version {content['version']}, this program reads up to version {VERSION}; "
                     "embed the captions again or use the program that made it"
                 )
             if content["dtype"] not in get_args(StoreDtype):
                 raise StoreError(
                     f"{path}: dtype {content['dtype']!r} is none of {', '.join(get_args(StoreDtype))}"
                 )
-            shards = [ShardEntry(**entry) for entry in content["shards"]]
+            lookup = content.get("lookup")
             return cls(
-                int(content["dim"]),
-                content["dtype"],
-                dict(content["fingerprint"]),
-                bool(content["complete"]),
-                shards,
+                dim=int(content["dim"]),
+                dtype=content["dtype"],
+                fingerprint=dict(content["fingerprint"]),
+                complete=bool(content["complete"]),
+                shards=[ShardEntry(**entry) for entry in content["shards"]],
+                generation=int(content.get("generation", 0)),
+                serial=int(content.get("serial", 0)),
+                lookup=LookupEntry(**lookup) if lookup else None,
             )
         except (KeyError, TypeError, ValueError) as problem:
             if isinstance(problem, StoreError):
@@ -240,6 +257,25 @@ def fingerprint_difference(stored: Mapping[str, Any], expected: Mapping[str, Any
         for name in sorted({*stored, *expected})
         if stored.get(name) != expected.get(name)
     ]
+
+
+def check_fingerprint(root: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Make sure that the encoder behind the store `root` is the expected one.
+
+    Raises:
+        StoreError: says which entries differ.
+    """
+    if difference := fingerprint_difference(stored, expected):
+        raise StoreError(
+            f"the embedding store {root} was made by another encoder than expected:\n  "
+            + "\n  ".join(difference)
+            + "\nUse the store made with that LLM, or embed the captions again into a new directory."
+        )
+
+
+def prefix_fingerprint(fingerprint: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """The fingerprint of the encoder whose embeddings are the first `dim` values of another one's."""
+    return {**fingerprint, "dim": dim} if "dim" in fingerprint else dict(fingerprint)
 
 
 def preview(texts: Sequence[str], count: int = 10, width: int = 80) -> str:

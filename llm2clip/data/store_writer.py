@@ -5,13 +5,15 @@ index.json is replaced atomically to name it: until that instant the part does n
 When `shard_rows` embeddings have gathered in parts they are merged into one shard the same way: the
 shard is written, the index is replaced to name it instead of the parts, the parts are removed. Files
 that the index does not name are left over from a kill between two of these steps; the next writer
-removes them (at most one part is computed again).
+removes them (at most one part is computed again). Rows keep their numbers through all of this, so
+processes that read the store meanwhile go on.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,25 +24,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llm2clip.data.store_check import stray_files
 from llm2clip.data.store_format import (
     INDEX_NAME,
-    DigestIndex,
-    Digests,
+    BlockChecks,
+    LookupEntry,
     ShardEntry,
     StoreIndex,
-    as_digests,
-    digest_array,
     encode_rows,
     fingerprint_difference,
     shard_specs,
 )
+from llm2clip.data.store_lookup import Digests, as_digests, digest_array, open_lookup
 from llm2clip.data.tensorfile import map_tensors, write_tensors
 from llm2clip.errors import StoreError
-from llm2clip.files import TMP_SUFFIX, disk_errors, sha256_file
+from llm2clip.files import atomic_path, disk_errors
 from llm2clip.settings import StoreDtype
 
 LOCK_NAME = ".lock"
 _COPY_ROWS = 4096
+# so many captions may be outside the table of addresses before a new one is written: 1.3 MiB in every reader
+_TABLE_ROWS = 65536
 
 
 class StoreWriter:
@@ -77,13 +81,10 @@ class StoreWriter:
         self._commit_rows = min(commit_rows, shard_rows)
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = lock_store(self.path)
         try:
             self._index = self._open(dim, dtype, fingerprint)
-            self._lookup = DigestIndex()
-            for entry, start in zip(self._index.shards, self._index.starts().tolist(), strict=False):
-                tensors = map_tensors(self.path / entry.file, expected_bytes=entry.bytes)
-                self._lookup.extend(as_digests(tensors["digests"]), start)
+            self._lookup = open_lookup(self.path, self._index)
         except BaseException:
             os.close(self._lock)
             raise
@@ -156,11 +157,14 @@ class StoreWriter:
             StoreError: a value is not finite or does not fit the stored precision.
             UserError: no space left on disk; what was committed before is intact.
         """
-        if embeddings.shape != (len(texts), self._index.dim):
+        self.add_digests(digest_array(texts), embeddings)
+
+    def add_digests(self, digests: Digests, embeddings: Tensor) -> None:
+        """`add` for captions of which only the addresses (n, 2) are known."""
+        if embeddings.shape != (len(digests), self._index.dim):
             raise ValueError(
-                f"embeddings: expected shape {(len(texts), self._index.dim)}, got {tuple(embeddings.shape)}"
+                f"embeddings: expected shape {(len(digests), self._index.dim)}, got {tuple(embeddings.shape)}"
             )
-        digests = digest_array(texts)
         known = self._lookup.find(digests) >= 0
         keep: list[int] = []
         for position in np.flatnonzero(~known).tolist():
@@ -182,16 +186,37 @@ class StoreWriter:
     def finish(self) -> None:
         """Commit the rest, merge the parts into shards and mark the store complete."""
         self.flush()
-        while self._parts():
-            self._merge_parts()
+        self._merge_all_parts()
         if not self._index.complete:
             self._index.complete = True
             self._index.save(self.path)
+        self.write_lookup()
+
+    def write_lookup(self) -> None:
+        """Write the table of addresses where many captions lack in it, so that readers need no memory of their own.
+
+        It covers what is committed. Peak memory is about 60 bytes a caption.
+        """
+        if self._lookup.unsorted <= max(_TABLE_ROWS, self._index.rows // 8):
+            return
+        table = self._lookup.table()
+        name = self._index.new_name("lookup")
+        digest, size = table.save(self.path / name)
+        before, self._index.lookup = self._index.lookup, LookupEntry(name, len(table), size, digest)
+        try:
+            self._index.save(self.path)
+        except BaseException:
+            self._index.lookup = before
+            raise
+        if before is not None:
+            (self.path / before.file).unlink(missing_ok=True)
+        self._lookup = open_lookup(self.path, self._index)
 
     def absorb(self, other: str | os.PathLike[str]) -> int:
-        """Copy what the store at `other` has and this one lacks, in its stored precision.
+        """Take over what the store at `other` has and this one lacks, bit by bit.
 
-        Interrupted anywhere, it can be called again. Returns the number of captions copied.
+        Whole shards of new captions become links to the same data where the file system has them; the rest is
+        copied. Interrupted anywhere, it can be called again. Returns the number of captions taken over.
 
         Raises:
             StoreError: `other` was made by another encoder or is damaged.
@@ -208,11 +233,27 @@ class StoreWriter:
         before = self._index.rows
         for entry in index.shards:
             tensors = map_tensors(root / entry.file, expected_bytes=entry.bytes)
-            new = np.flatnonzero(self._lookup.find(as_digests(tensors["digests"])) < 0)
+            digests = as_digests(tensors["digests"])
+            new = np.flatnonzero(self._lookup.find(digests) < 0)
+            if len(new) == entry.rows and not _is_part(entry):
+                self._merge_all_parts()  # parts are merged in place, so no shard may stand between two of them
+                self._adopt(root / entry.file, entry, digests)
+                continue
+            names = [name for name in tensors if name != "checks"]
             for start in range(0, len(new), self._shard_rows):
                 rows = new[start : start + self._shard_rows]
-                self._commit({name: [tensor[rows]] for name, tensor in tensors.items()}, len(rows))
+                self._commit({name: [tensors[name][rows]] for name in names}, len(rows))
         return self._index.rows - before
+
+    def _adopt(self, path: Path, entry: ShardEntry, digests: Digests) -> None:
+        """Take over a whole shard under a name of our own, without copying it where the file system can."""
+        name = self._index.new_name("shard")
+        with atomic_path(self.path / name) as tmp:
+            try:
+                os.link(path, tmp)
+            except OSError:
+                shutil.copyfile(path, tmp)
+        self._append(ShardEntry(name, entry.rows, entry.bytes, entry.sha256), digests)
 
     def _commit_pending(self, count: int) -> None:
         digests, values = np.concatenate(self._pending_digests), torch.cat(self._pending)
@@ -223,22 +264,30 @@ class StoreWriter:
         self._pending_keys.difference_update(row.tobytes() for row in digests[:count])
 
     def _commit(self, chunks: Mapping[str, Sequence[npt.NDArray[Any]]], rows: int) -> None:
-        entry = self._write("part", rows, chunks)
+        digests = np.concatenate([as_digests(chunk) for chunk in chunks["digests"]])
+        self._append(self._write("part", rows, chunks), digests)
+        while sum(part.rows for part in self._parts()) >= self._shard_rows:
+            self._merge_parts()
+
+    def _append(self, entry: ShardEntry, digests: Digests) -> None:
         first_row = self._index.rows
+        complete, self._index.complete = self._index.complete, False
         self._index.shards.append(entry)
-        self._index.complete = False
         try:
             self._index.save(self.path)
         except BaseException:
             # the index on disk does not name it, so this one must not either
             self._index.shards.pop()
+            self._index.complete = complete
             raise
-        self._lookup.extend(np.concatenate([as_digests(chunk) for chunk in chunks["digests"]]), first_row)
-        while sum(part.rows for part in self._parts()) >= self._shard_rows:
-            self._merge_parts()
+        self._lookup.extend(digests, first_row)
 
     def _parts(self) -> list[ShardEntry]:
-        return [entry for entry in self._index.shards if entry.file.startswith("part-")]
+        return [entry for entry in self._index.shards if _is_part(entry)]
+
+    def _merge_all_parts(self) -> None:
+        while self._parts():
+            self._merge_parts()
 
     def _merge_parts(self) -> None:
         merged: list[ShardEntry] = []
@@ -248,7 +297,7 @@ class StoreWriter:
             merged.append(part)
         sources = [map_tensors(self.path / part.file, expected_bytes=part.bytes) for part in merged]
         rows = sum(part.rows for part in merged)
-        names = shard_specs(rows, self._index.dim, self._index.dtype)
+        names = [name for name in shard_specs(rows, self._index.dim, self._index.dtype) if name != "checks"]
         shard = self._write(
             "shard", rows, {name: _slices([source[name] for source in sources]) for name in names}
         )
@@ -266,14 +315,42 @@ class StoreWriter:
             (self.path / part.file).unlink(missing_ok=True)
 
     def _write(self, kind: str, rows: int, chunks: Mapping[str, Iterable[npt.NDArray[Any]]]) -> ShardEntry:
-        taken = {entry.file for entry in self._index.shards}
-        number = len(taken)
-        while (name := f"{kind}-{number:06d}.safetensors") in taken:
-            number += 1
-        digest, size = write_tensors(
-            self.path / name, shard_specs(rows, self._index.dim, self._index.dtype), chunks
+        return write_shard(
+            self.path, self._index.new_name(kind), rows, chunks, dim=self._index.dim, dtype=self._index.dtype
         )
-        return ShardEntry(name, rows, size, digest)
+
+
+def write_shard(
+    root: Path,
+    name: str,
+    rows: int,
+    chunks: Mapping[str, Iterable[npt.NDArray[Any]]],
+    *,
+    dim: int,
+    dtype: StoreDtype,
+) -> ShardEntry:
+    """Write a shard file of the store `root` atomically, with the checksums of its blocks.
+
+    Args:
+        root: directory of the store.
+        name: file name.
+        rows: rows of the shard.
+        chunks: for `embeddings`, `digests` and (int8, fp8) `scales` arrays of rows that follow each other.
+        dim, dtype: of the store.
+    """
+    specs = shard_specs(rows, dim, dtype)
+    checks = BlockChecks(rows)
+    watched: dict[str, Iterable[npt.NDArray[Any]]] = {
+        tensor: checks.watch(chunks[tensor]) for tensor in specs if tensor != "checks"
+    }
+    # the last tensor of the file: asked for when the others have passed
+    watched["checks"] = (values for values in [checks.values])
+    digest, size = write_tensors(root / name, specs, watched)
+    return ShardEntry(name, rows, size, digest)
+
+
+def _is_part(entry: ShardEntry) -> bool:
+    return entry.file.startswith("part-")
 
 
 def _slices(arrays: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
@@ -282,7 +359,8 @@ def _slices(arrays: Iterable[npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
             yield array[start : start + _COPY_ROWS]
 
 
-def _lock(root: Path) -> int:
+def lock_store(root: Path) -> int:
+    """Keep other writers out until the descriptor is closed; a process that ends lets go of it."""
     descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,43 +373,3 @@ def _lock(root: Path) -> int:
         # a file system without locks: go on, as it was before locks
         return descriptor
     return descriptor
-
-
-def stray_files(root: Path, index: StoreIndex) -> list[Path]:
-    """Files of interrupted writes: named like ours, but not in the index."""
-    named = {entry.file for entry in index.shards}
-    candidates = [*root.glob("part-*"), *root.glob("shard-*"), *root.glob(f"{INDEX_NAME}{TMP_SUFFIX}.*")]
-    return sorted(file for file in candidates if file.name not in named and file.is_file())
-
-
-def check_shard(
-    root: Path, entry: ShardEntry, dim: int, dtype: StoreDtype, *, checksum: bool = True
-) -> str | None:
-    """What is wrong with a shard, or None: presence, size, header, shapes and (if asked) its SHA-256."""
-    try:
-        tensors = map_tensors(root / entry.file, expected_bytes=entry.bytes)
-    except StoreError as problem:
-        return str(problem)
-    specs = shard_specs(entry.rows, dim, dtype)
-    if {name: tensor.shape for name, tensor in tensors.items()} != {
-        name: s.shape for name, s in specs.items()
-    }:
-        return "its tensors are not those that index.json promises"
-    if checksum and sha256_file(root / entry.file) != entry.sha256:
-        return "its content does not match its checksum"
-    return None
-
-
-def drop_shards(root: Path, files: set[str]) -> None:
-    """Take `files` out of the store; `llm2clip embed` then computes their captions again."""
-    with disk_errors(root):
-        lock = _lock(root)
-    try:
-        index = StoreIndex.load(root)
-        index.shards = [entry for entry in index.shards if entry.file not in files]
-        index.complete = False
-        index.save(root)
-        for name in files:
-            (root / name).unlink(missing_ok=True)
-    finally:
-        os.close(lock)

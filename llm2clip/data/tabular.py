@@ -13,6 +13,7 @@ import numpy as np
 
 from llm2clip.data.sample import META_FIELDS, Sample, parse_json_record, sample_from_record
 from llm2clip.errors import BadSampleError, DataError
+from llm2clip.files import file_state
 
 # columns that may name or hold the image, in order of preference
 IMAGE_COLUMNS = (
@@ -59,6 +60,19 @@ class _Table:
 
     def captions_of(self, index: int) -> Sample:
         return self._read(index, False)
+
+    def image_stamp(self, index: int) -> str:
+        """What changes with the image, as far as that shows without reading it: its own file's state or the table's.
+
+        Raises:
+            BadSampleError: the row cannot be read.
+        """
+        file, key, row = self._row(index, False)
+        column = _image_column(list(row))
+        cell = row[column] if column is not None else None
+        if isinstance(cell, str) and cell:
+            return f"{cell} {file_state(self._paths[file].parent / cell)}"
+        return f"{key} {file_state(self._paths[file])}"
 
     def _row(self, index: int, with_image: bool) -> tuple[int, str, Mapping[str, Any]]:
         """(number of the file, key, row)."""
@@ -166,7 +180,11 @@ class JsonlSource(_Table):
         with open(self._paths[file], "rb") as handle:
             handle.seek(start)
             line = handle.read(stop - start)
-        return file, key, parse_json_record(key, line)
+        return file, key, self._parse(key, line)
+
+    def _parse(self, key: str, line: bytes) -> Mapping[str, Any]:
+        """One line as a row; raises BadSampleError."""
+        return parse_json_record(key, line)
 
 
 def _line_starts(path: Path) -> np.ndarray[Any, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from llm2clip.data.sample import Sample, parse_json_record, sample_from_record
 from llm2clip.data.shards import TarIndex, index_tar
 from llm2clip.errors import BadSampleError, DataError
+from llm2clip.files import file_state
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # file descriptors kept open per process; reopening is cheap
@@ -84,6 +85,12 @@ class TarSource:
     def captions_of(self, index: int) -> Sample:
         return self._read(index, with_image=False)
 
+    def image_stamp(self, index: int) -> str:
+        """What changes with the image, as far as that shows without reading it: member, place, the shard's state."""
+        entry = self._entries[index]
+        shard = self._paths[entry.shard]
+        return f"{self._labels[entry.shard]}/{entry.stem} {entry.image} {file_state(shard)}"
+
     def __getstate__(self) -> dict[str, Any]:
         # descriptors mean nothing in another process
         return self.__dict__ | {"_open": {}}
@@ -101,9 +108,10 @@ class TarSource:
         if entry.record is not None:
             record = parse_json_record(key, self._bytes(key, entry.shard, *entry.record))
         for field, offset, size in entry.texts:
-            # the same name in the JSON wins; the text file is then a caption of its own
-            name = field if field not in record else f"{field}.txt"
-            record[name] = _utf8(key, self._bytes(key, entry.shard, offset, size))
+            text = _utf8(key, self._bytes(key, entry.shard, offset, size))
+            # the same name in the JSON wins; a text file that says something else is a caption of its own
+            if record.get(field) != text:
+                record[field if field not in record else f"{field}.txt"] = text
         image = (
             self._bytes(key, entry.shard, *entry.image) if with_image and entry.image is not None else None
         )

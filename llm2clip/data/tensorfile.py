@@ -6,16 +6,17 @@ not fit. The layout is public: 8 bytes little-endian header length, a JSON heade
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +24,16 @@ import numpy.typing as npt
 from llm2clip.errors import StoreError
 from llm2clip.files import atomic_path
 
-# numpy has no bfloat16: its bits travel as uint16
+# numpy has neither bfloat16 nor fp8: their bits travel as unsigned integers
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "U64": np.dtype("<u8"),
     "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
 }
 _MAX_HEADER = 1 << 20
 
@@ -95,45 +99,65 @@ def write_tensors(
     return digest.hexdigest(), 8 + len(text) + end
 
 
-def map_tensors(
+def tensor_layout(
     path: str | os.PathLike[str], *, expected_bytes: int | None = None
-) -> dict[str, npt.NDArray[Any]]:
-    """Memory-map every tensor of a safetensors file (bfloat16 as its uint16 bits).
+) -> dict[str, tuple[TensorSpec, int]]:
+    """Type, shape and first byte of every tensor of a safetensors file, from its header.
 
     Raises:
         StoreError: the file is missing, shorter or longer than it should be, or has no valid header.
     """
     file = Path(path)
+    with _opened(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if expected_bytes is not None and size != expected_bytes:
+            raise StoreError(f"{file} has {size} bytes, expected {expected_bytes}: it is cut or half-copied")
+        if size < 8:
+            raise StoreError(f"{file} is not a safetensors file: {size} bytes")
+        (length,) = struct.unpack("<Q", handle.read(8))
+        try:
+            if length > min(_MAX_HEADER, size - 8):
+                raise ValueError(f"header of {length} bytes")
+            header: dict[str, Any] = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            layout: dict[str, tuple[TensorSpec, int]] = {}
+            for name, entry in header.items():
+                spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
+                start, stop = entry["data_offsets"]
+                if stop - start != spec.nbytes or start < 0 or 8 + length + stop > size:
+                    raise ValueError(f"tensor {name!r} lies outside the file")
+                layout[name] = (spec, 8 + length + start)
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise StoreError(f"{file} is damaged: its header is not valid safetensors ({problem})") from None
+    return layout
+
+
+def map_tensors(
+    path: str | os.PathLike[str], *, expected_bytes: int | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Memory-map every tensor of a safetensors file (bfloat16 and fp8 as their bits).
+
+    Raises:
+        StoreError: as `tensor_layout`.
+    """
+    file = Path(path)
+    layout = tensor_layout(file, expected_bytes=expected_bytes)
+    with _opened(file) as handle:
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    return {
+        name: np.frombuffer(
+            mapped, dtype=NUMPY_DTYPES[spec.dtype], count=math.prod(spec.shape), offset=offset
+        ).reshape(spec.shape)
+        for name, (spec, offset) in layout.items()
+    }
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
         with open(file, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            if expected_bytes is not None and size != expected_bytes:
-                raise StoreError(
-                    f"{file} has {size} bytes, expected {expected_bytes}: it is cut or half-copied"
-                )
-            if size < 8:
-                raise StoreError(f"{file} is not a safetensors file: {size} bytes")
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            yield handle
     except FileNotFoundError:
         raise StoreError(f"{file} is missing") from None
     except PermissionError:
         raise StoreError(f"{file} cannot be read: permission denied") from None
-    (length,) = struct.unpack("<Q", mapped[:8])
-    try:
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"header of {length} bytes")
-        header: dict[str, Any] = json.loads(mapped[8 : 8 + length])
-        header.pop("__metadata__", None)
-        tensors: dict[str, npt.NDArray[Any]] = {}
-        for name, entry in header.items():
-            spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
-            start, stop = entry["data_offsets"]
-            if stop - start != spec.nbytes or start < 0 or 8 + length + stop > size:
-                raise ValueError(f"tensor {name!r} lies outside the file")
-            flat = np.frombuffer(
-                mapped, dtype=NUMPY_DTYPES[spec.dtype], count=math.prod(spec.shape), offset=8 + length + start
-            )
-            tensors[name] = flat.reshape(spec.shape)
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise StoreError(f"{file} is damaged: its header is not valid safetensors ({problem})") from None
-    return tensors

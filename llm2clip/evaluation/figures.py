@@ -159,6 +159,28 @@ def heat_map(values: npt.NDArray[np.float32], kind: str) -> Picture:
     )
 
 
+def lines_over(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], across: str, up: str, description: str
+) -> Picture:
+    """Lines with points over a logarithmic axis: name -> (places, values)."""
+
+    def draw(theme: Theme) -> str:
+        figure, axes = _figure(theme, 1, (9.2, 2.8))
+        axis = axes[0]
+        for number, (name, (places, values)) in enumerate(series.items()):
+            colour = theme.series[number % len(theme.series)]
+            axis.plot(places, values, color=colour, linewidth=2, marker="o", markersize=4, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(across, color=theme.muted, fontsize=9)
+        axis.set_ylabel(up, color=theme.muted, fontsize=9)
+        axis.legend(
+            frameon=False, fontsize=8, labelcolor=theme.text, ncols=1, loc="upper left", bbox_to_anchor=(1, 1)
+        )
+        return _svg(figure)
+
+    return Picture(draw(LIGHT), draw(DARK), description)
+
+
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     points = [
         (int(line["step"]), float(line[key]))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llm2clip.data.images import ImageTransform, decode_image
+from llm2clip.data.images import decode_image
 from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.errors import BadSampleError, ConfigError, DataError
@@ -145,8 +145,7 @@ def image_features(
     Raises:
         DataError: fewer than two images can be used.
     """
-    vision = model.vision_model
-    transform = ImageTransform(vision.image_size, vision.mean, vision.std)
+    transform = model.vision_model.preprocessing.transform()
     device = next(model.parameters()).device
     features: list[Tensor] = []
     dropped: list[Item] = []

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from llm2clip.errors import ModelError
+from llm2clip.evaluation.bootstrap import RESAMPLES, mean_interval
 from llm2clip_kernels import similarity_rank_counts
+from llm2clip_kernels.similarity_rank import RankCounts
 
 KS = (1, 5, 10)
 # features of equal inputs differ by their own rounding, depending on the batch they were computed in
@@ -80,15 +82,18 @@ def recall_with_ties(
 def _reciprocal(
     above: npt.NDArray[np.int64], wrong: npt.NDArray[np.int64], right: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    out = np.empty(len(above))
-    cases, inverse = np.unique(np.stack([above, wrong, right]), axis=1, return_inverse=True)
-    for number, (before, t, p) in enumerate(cases.T.tolist()):
+    out = 1 / (above + 1.0)  # where nothing wrong is tied
+    tied = np.flatnonzero(wrong)
+    cases, inverse = np.unique(np.stack([wrong[tied], right[tied]]), axis=1, return_inverse=True)
+    for number, (t, p) in enumerate(cases.T.tolist()):
         places = np.arange(t + 1)
         # P(first right answer at place j) = [t! / (t-j)!] [(t+p-j-1)! / (t+p)!] p, built up by ratios
         ratios = np.ones(t + 1)
         ratios[1:] = (t - places[:-1]) / (t + p - 1 - places[:-1])
         probability = np.cumprod(ratios) * p / (t + p)
-        out[inverse.reshape(-1) == number] = (probability / (before + 1 + places)).sum()
+        own = tied[inverse.reshape(-1) == number]
+        befores, back = np.unique(above[own], return_inverse=True)
+        out[own] = np.array([(probability / (before + 1 + places)).sum() for before in befores])[back]
     return out
 
 
@@ -159,11 +164,20 @@ def rank_positives(
     counts, _ = similarity_rank_counts(
         q, g, x_groups=q_groups, y_groups=g_groups, tolerance=tolerance, directions="rows"
     )
+    return ranks_of(counts)
+
+
+def ranks_of(counts: RankCounts) -> Ranks:
+    """The counts of a retrieval op as ranks.
+
+    Raises:
+        ValueError: a query has no right answer.
+    """
     columns = (counts.above, counts.tied, counts.tied_right, counts.right)
     above, tied_wrong, tied_right, right = (column.cpu().numpy() for column in columns)
     if (right == 0).any():
         raise ValueError(f"{int((right == 0).sum())} queries have no right answer in the gallery")
-    return Ranks(above, tied_wrong, tied_right, right, len(g))
+    return Ranks(above, tied_wrong, tied_right, right, counts.candidates)
 
 
 def _numbered(
@@ -180,22 +194,32 @@ def _ids(groups: npt.NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 def summarise(
-    ranks: Ranks, *, ks: Sequence[int] = KS, seed: int = 0, resamples: int = 1000
+    ranks: Ranks,
+    *,
+    ks: Sequence[int] = KS,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    clusters: npt.NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Measures of one direction as JSON values.
 
+    Args:
+        ranks: of every query.
+        ks: recall is measured at these.
+        seed: of the bootstrap.
+        resamples: number of bootstrap samples.
+        clusters: (Q,) what each query belongs to, where queries are not independent (captions of one image).
+
     Returns:
-        queries, gallery; `recall`, `chance` and `interval` (95 % bootstrap over queries) by k as string;
-        mrr, chance_mrr, median_rank.
+        queries, gallery; `recall`, `chance` and `interval` (95 % bootstrap over queries or clusters) by k as
+        string; mrr, chance_mrr, median_rank.
     """
-    weights = _bootstrap_weights(len(ranks.above), resamples, seed)
     recall, chance, interval = {}, {}, {}
     for k in ks:
         values = ranks.recall(k)
-        low, high = np.percentile(weights @ values, [2.5, 97.5])
         recall[str(k)] = float(values.mean())
         chance[str(k)] = float(ranks.chance(k).mean())
-        interval[str(k)] = [float(low), float(high)]
+        interval[str(k)] = list(mean_interval(values, clusters, resamples=resamples, seed=seed))
     return {
         "queries": len(ranks.above),
         "gallery": ranks.gallery,
@@ -206,11 +230,3 @@ def summarise(
         "chance_mrr": float(ranks.chance_reciprocal().mean()),
         "median_rank": float(np.median(ranks.expected_rank())),
     }
-
-
-def _bootstrap_weights(queries: int, resamples: int, seed: int) -> npt.NDArray[np.float32]:
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, queries, (resamples, queries))
-    weights = np.zeros((resamples, queries), np.float32)
-    np.add.at(weights, (np.arange(resamples)[:, None], drawn), np.float32(1 / queries))
-    return weights

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.data.store import EmbeddingStore
 from llm2clip.evaluation.gallery import ROLES, Item, image_features, open_gallery, text_features
 from llm2clip.evaluation.ranks import group_ids, rank_positives, summarise
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import DataSettings
+
+
+class Embeddings(Protocol):
+    """Who has the LLM embeddings of captions."""
+
+    def get(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (n, llm_dim)."""
+        ...
+
 
 Lookup = Callable[[Sequence[str]], Tensor]  # captions -> LLM embeddings (n, llm_dim)
 
@@ -76,21 +84,21 @@ def image_text_rows(images: Tensor, side: TextSide, *, seed: int = 0) -> list[di
 def quick_retrieval(
     model: LLM2CLIP,
     data: DataSettings,
-    store: EmbeddingStore,
+    captions: Embeddings,
     *,
     gallery: int = 500,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Held-out recall for the log of a training run: `val/<kind>/<direction>_r<k>` and its chance.
 
-    The model is left in the mode it was in.
+    Captions are embedded by the store that the run reads, or by its LLM. The model is left in the mode it was in.
     """
     was_training = model.training
     try:
         chosen, images = image_features(model, open_gallery(data, gallery), batch_size=batch_size, show=False)
         values: dict[str, float] = {}
         items = [_without_translations(item) for item in chosen.items]
-        for side in text_sides(model, items, store.get):
+        for side in text_sides(model, items, captions.get):
             for row in image_text_rows(images, side):
                 short = "t2i" if row["direction"].startswith("text") else "i2t"
                 for k in ("1", "10"):

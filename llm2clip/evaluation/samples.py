@@ -126,11 +126,11 @@ def draw_queries(ranks: npt.NDArray[np.float64], count: int, seed: int) -> list[
     return sorted(chosen, key=lambda query: (ranks[query], query))
 
 
-def thumbnail(image: Any) -> bytes:
-    """A small PNG; pixel art is enlarged without smoothing."""
-    small = max(image.size) * 2 <= THUMBNAIL
-    scale = THUMBNAIL / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+def thumbnail(image: Any, side: int = THUMBNAIL, *, enlarge: bool = True) -> bytes:
+    """A small PNG or JPEG of at most `side` pixels; pixel art is enlarged without smoothing, unless told not to."""
+    small = max(image.size) * 2 <= side
+    scale = side / max(image.size) if enlarge else min(1.0, side / max(image.size))
+    size = tuple(max(1, round(length * scale)) for length in image.size)
     resized = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if small:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,23 @@ def _add_seconds(found: dict[str, float], name: str, path: Path) -> None:
 
 
 def attribution(data: DataSettings, items: Sequence[Item]) -> dict[str, list[str]]:
-    """Licence and attribution that travel with the data.
+    """Licence and attribution that travel with the held-out data; see `attribution_of`."""
+    return attribution_of(data.val, [item.meta for item in items])
+
+
+def attribution_of(paths: Sequence[str], metas: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Licence and attribution that travel with sources.
+
+    Args:
+        paths: the sources.
+        metas: what each sample carries besides captions.
 
     Returns:
         Field name -> its values: from `dataset.json` beside the shards, and from the items themselves
         (the most frequent first, at most twelve of each).
     """
     found: dict[str, list[str]] = {}
-    for path in _dataset_files(data.val):
+    for path in _dataset_files(paths):
         try:
             content = read_json(path, DataError)
         except DataError:
@@ -72,7 +81,7 @@ def attribution(data: DataSettings, items: Sequence[Item]) -> dict[str, list[str
             for name in ("name", "license", "licence", "attribution", "source", "sources", "homepage"):
                 _add_values(found, name, content.get(name))
     for name in _CREDIT_FIELDS:
-        counts = Counter(str(item.meta[name]) for item in items if item.meta.get(name))
+        counts = Counter(str(meta[name]) for meta in metas if meta.get(name))
         _add_values(found, name, [value for value, _ in counts.most_common(12)])
     return found
 

@@ -34,6 +34,7 @@ padding:6px 12px 6px 8px;white-space:nowrap}
 td{padding:7px 12px 7px 8px;vertical-align:top;white-space:nowrap}
 td small{display:block;color:var(--muted);font-size:.75rem;line-height:1.2}
 .number{text-align:right}
+th.group{text-align:center;border-bottom:1px solid var(--line)}
 tr.chance td{color:var(--muted);border-top:1px solid var(--line)}
 tr.chance td:first-child{color:var(--text)}
 tr.best td{font-weight:600;background:var(--best)}

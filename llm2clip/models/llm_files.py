@@ -11,6 +11,9 @@ from torch import nn
 
 from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, read_json
+from llm2clip.models.llm_layouts import llm2vec_options, llm_config, refuse_adapter_alone
+from llm2clip.models.quantization import quantized_loading
+from llm2clip.settings import Quantization
 
 ENCODER_CONFIG = "llm2clip_config.json"
 """Our file beside a model or adapter: how it was trained to be used, and for adapters the base's hash."""
@@ -18,13 +21,22 @@ ENCODER_CONFIG = "llm2clip_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_llm(
+    path: str | os.PathLike[str],
+    gguf_file: str | None,
+    dtype: torch.dtype,
+    *,
+    quantization: Quantization = "none",
+    device: str | torch.device = "cpu",
+) -> tuple[Any, Any]:
     """Load base model (no language-model head) and tokenizer from a local directory.
 
     Args:
         path: directory with config.json, weights and tokenizer, or the folder of a GGUF file.
         gguf_file: name of the GGUF file in `path`; its weights are dequantised to `dtype`.
         dtype: dtype of the weights.
+        quantization: whether linear layers are loaded in 8 or 4 bits; then the model is on `device`.
+        device: read for a quantised model, others are on the CPU.
 
     Returns:
         (model, tokenizer): transformers objects; the model in eval mode, all weights frozen.
@@ -36,13 +48,21 @@ def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.d
     _check_folder(folder, gguf_file)
     from transformers import AutoModel, AutoTokenizer
 
-    source: dict[str, Any] = {"local_files_only": True}
+    # never asked: what a checkpoint brings as code is not run
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf_file is not None:
         source["gguf_file"] = gguf_file
     where = folder / gguf_file if gguf_file else folder
+    quantized = quantized_loading(quantization, dtype, device, gguf_file)
     try:
+        if gguf_file is None:
+            source["config"] = llm_config(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-        model, report = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, **source)
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **source, **quantized
+        )
+    except ModelError:
+        raise
     except Exception as error:  # transformers, safetensors and gguf raise a dozen unrelated types here
         raise ModelError(
             f"cannot load an LLM from {where}: {type(error).__name__}: {_first_lines(error)}. Expected a "
@@ -62,7 +82,8 @@ def load_llm(path: str | os.PathLike[str], gguf_file: str | None, dtype: torch.d
     model = getattr(model, "language_model", model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{where} is an encoder-decoder ({type(model).__name__}); a decoder LLM is needed")
-    _forget_quantization(model)
+    if not quantized:
+        _forget_quantization(model)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -107,10 +128,10 @@ def convert_gguf(path: str | os.PathLike[str], gguf_file: str, out: str | os.Pat
 
 
 def read_encoder_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Our notes beside a model or adapter; empty where there are none."""
+    """Our notes beside a model or adapter, else LLM2Vec's; empty where there are none."""
     file = Path(folder) / ENCODER_CONFIG
     if not file.is_file():
-        return {}
+        return llm2vec_options(Path(folder))
     value = read_json(file, ModelError)
     if not isinstance(value, dict):
         raise ModelError(f"{file} must hold a JSON object, got {type(value).__name__}")
@@ -131,7 +152,9 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
                 f"{folder} has no file {gguf_file!r}; GGUF files there: {', '.join(found) or 'none'}"
             )
         _require("gguf", "accelerate")
-    elif not (folder / "config.json").is_file():
+        return
+    refuse_adapter_alone(folder)
+    if not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f" It holds {found[0]}: set llm.gguf_file to that." if found else ""
         raise ModelError(f"{folder} has no config.json, so it is not a transformers model directory.{hint}")

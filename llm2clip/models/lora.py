@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -83,56 +81,6 @@ def fuse(model: nn.Module, settings: LoraSettings) -> None:
         fuse_lora(model)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """A peft model over `model` with the adapter of a peft directory, frozen.
-
-    Raises:
-        ModelError: no adapter there, not a LoRA, or made for another model.
-    """
-    folder = Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder} is not a peft adapter directory (no adapter_config.json). Give llm.adapter the "
-            "directory "
-            "that `llm2clip finetune-llm` wrote, or leave it empty."
-        )
-    from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        tensors = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # damaged json, truncated safetensors, unknown peft type
-        raise ModelError(f"cannot read the adapter in {folder}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder} holds a {config.peft_type} adapter; only LoRA adapters are supported")
-    # adapters trained on a causal-LM class have one more level of names than ours on the bare decoder
-    causal = "base_model.model.model."
-    if tensors and all(name.startswith(causal) for name in tensors):
-        tensors = {"base_model.model." + name[len(causal) :]: tensor for name, tensor in tensors.items()}
-    config.inference_mode = True
-    config.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved since training
-    try:
-        adapted = get_peft_model(model, config)
-        expected = {name for name, _ in _adapter_tensors(adapted)}
-        named = {name: tensors[name] for name in sorted(tensors)}
-        unexpected, missing = sorted(set(named) - expected), sorted(expected - set(named))
-        if unexpected or missing:
-            raise ModelError(
-                f"the adapter in {folder} does not fit {type(model).__name__}: {len(missing)} weights "
-                "missing "
-                f"({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
-            )
-        set_peft_model_state_dict(adapted, named)
-    except (RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"the adapter in {folder} was made for another model than {type(model).__name__}: {error}"
-        ) from error
-    return adapted.requires_grad_(False)
-
-
 def adapter_digest(model: nn.Module) -> str | None:
     """Hash of the adapter's weights and scalings; None without an adapter."""
     if not is_peft(model):
@@ -142,7 +90,7 @@ def adapter_digest(model: nn.Module) -> str | None:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
-    return json_digest([tensors_digest(_adapter_tensors(model)), scalings])
+    return json_digest([tensors_digest(adapter_tensors(model)), scalings])
 
 
 def base_tensors(model: Any) -> list[tuple[str, Any]]:
@@ -154,7 +102,8 @@ def base_tensors(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _adapter_tensors(model: Any) -> list[tuple[str, Any]]:
+def adapter_tensors(model: Any, name: str = "default") -> list[tuple[str, Any]]:
+    """The weights of the adapter `name` under the names that its file has."""
     from peft import get_peft_model_state_dict
 
-    return list(get_peft_model_state_dict(model, save_embedding_layers=False).items())
+    return list(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items())

@@ -108,19 +108,21 @@ def make_packs(
 
 
 def pool_packed(hidden: Tensor, batch: PackedBatch, kind: str) -> Tensor:
-    """Pool token states (T, dim) into (B, dim) fp32, as `pooling.pool` does; without tokens zeros.
+    """Pool token states (T, dim) into (B, dim) fp32 (fp64 for fp64), as `pooling.pool` does; without tokens zeros.
 
     Args:
         hidden: (T, dim) any float dtype.
         batch: the pack.
-        kind: `mean`, `weighted_mean` (weights 1, 2, ..., n) or `eos` (the last token).
+        kind: `mean`, `weighted_mean` (weights 1, 2, ..., n), `eos` or `last` (the last token), or `bos` (the first).
     """
     ends = batch.cu_seqlens[1:].long()
-    out = hidden.new_zeros(len(batch), hidden.shape[1], dtype=torch.float32)
-    if kind == "eos":
-        filled = (ends > batch.cu_seqlens[:-1])[:, None]
-        last = hidden[(ends - 1).clamp(min=0)] if len(hidden) else out
-        return torch.where(filled, last.float(), out)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = hidden.new_zeros(len(batch), hidden.shape[1], dtype=wide)
+    if kind in ("eos", "last", "bos"):
+        starts = batch.cu_seqlens[:-1].long()
+        place = starts if kind == "bos" else ends - 1
+        found = hidden[place.clamp(0, len(hidden) - 1)] if len(hidden) else out
+        return torch.where((ends > starts)[:, None], found.to(wide), out)
     if batch.empty:
         whole = ends > batch.pool_starts
         return (
@@ -133,6 +135,7 @@ def pool_packed(hidden: Tensor, batch: PackedBatch, kind: str) -> Tensor:
 
 def _means(hidden: Tensor, batch: PackedBatch, kind: str, kept: Tensor | None) -> Tensor:
     """Plain or weighted means of the captions that `kept` (B,) marks, None for all; none of them empty."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     starts, ends, pooled = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long(), batch.pool_starts
     edges = batch.cu_seqlens
     if kept is not None:
@@ -147,8 +150,8 @@ def _means(hidden: Tensor, batch: PackedBatch, kind: str, kept: Tensor | None) -
         place = torch.arange(len(hidden), device=hidden.device)
         owner = torch.searchsorted(edges[1:].long(), place, right=True)
         weights = 2 * (place - pooled[owner] + 1) / (counts[owner] + 1)
-        hidden = hidden.float() * weights[:, None]
-    return segment_mean(hidden, edges, spans=spans).float()
+        hidden = hidden.to(wide) * weights[:, None]
+    return segment_mean(hidden, edges, spans=spans).to(wide)
 
 
 def model_inputs(batch: PackedBatch) -> dict[str, Any]:

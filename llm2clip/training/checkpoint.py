@@ -1,9 +1,13 @@
-"""Checkpoints of a run: complete or absent, checked on load, never unpickled.
+"""Checkpoints of a run: complete or absent, checked on load, never unpickled, the same for any number of ranks.
 
 run/checkpoints/step_00000200/   trainable.safetensors   parameters and buffers that training changes
-                                 optimizer.pt            AdamW state (loaded with weights_only)
-                                 meta.json               step, data position, checksums
+                                 ema.safetensors         their moving average, where the run has one
+                                 optimizer.pt            state of the optimizer (loaded with weights_only)
+                                 meta.json               step, data position, scale of an fp16 loss, checksums
 run/checkpoints/latest           name of the newest one
+
+Sharded tensors are gathered one by one and written whole, so a run may go on with another number of ranks, or with its
+weights spread in another way.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from torch import Tensor, nn
 
 from llm2clip.errors import CheckpointError
 from llm2clip.files import atomic_path, read_json, sha256_file, write_json, write_text
+from llm2clip.training.ema import WeightAverage
+from llm2clip.training.parallel import full_tensor, sharded_like
 
-TENSORS, OPTIMIZER, META = "trainable.safetensors", "optimizer.pt", "meta.json"
+TENSORS, AVERAGE, OPTIMIZER, META = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
 
 
 @dataclass(frozen=True)
@@ -53,20 +59,38 @@ def trainable_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    keep: int,
+    *,
+    average: WeightAverage | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    write: bool = True,
 ) -> Path:
-    """Write a checkpoint under `directory/checkpoints`, point `latest` at it, remove all but `keep`."""
+    """Write a checkpoint under `directory/checkpoints`, point `latest` at it, remove all but `keep`.
+
+    Every rank calls it where weights are sharded; those with `write=False` only give their shards.
+    """
     root = directory / "checkpoints"
     final = root / f"step_{progress.step:08d}"
+    state = _gathered(trainable_state(module), write)
+    averages = _gathered(average.averages, write) if average is not None else {}
+    moments = _gathered_optimizer(optimizer, write)
+    if not write:
+        return final
     with atomic_path(final) as tmp:
         tmp.mkdir()
-        state = {name: t.cpu().contiguous() for name, t in trainable_state(module).items()}
         save_file(state, str(tmp / TENSORS))
+        if average is not None:
+            save_file(averages, str(tmp / AVERAGE))
         # through a Python file, whose errors say why (a full disk); torch's own writer does not
         with open(tmp / OPTIMIZER, "wb") as handle:
-            torch.save(optimizer.state_dict(), handle)
+            torch.save(moments, handle)
         meta = {"progress": progress.__dict__, "torch": str(torch.__version__)}
-        meta["sha256"] = {name: sha256_file(tmp / name) for name in (TENSORS, OPTIMIZER)}
+        meta["scaler"] = scaler.state_dict() if scaler is not None else {}
+        meta["sha256"] = {file.name: sha256_file(file) for file in sorted(tmp.iterdir())}
         write_json(tmp / META, meta)
     write_text(root / "latest", final.name + "\n")
     steps = sorted(p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_"))
@@ -75,6 +99,28 @@ def save(
     for old in [*complete[: -max(1, keep)], *(p for p in steps if "." in p.name)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one gathered after the other; empty on ranks that do not keep them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = full_tensor(tensor)
+        if keep:
+            found[name] = whole.cpu().contiguous()
+    return found
+
+
+def _gathered_optimizer(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    saved = optimizer.state_dict()
+    found: dict[int, dict[str, Any]] = {}
+    for number, state in saved["state"].items():
+        found[number] = {}
+        for name, value in state.items():
+            whole = full_tensor(value) if isinstance(value, Tensor) else value
+            if keep:
+                found[number][name] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return {**saved, "state": found}
 
 
 def latest(directory: Path) -> Path | None:
@@ -95,8 +141,17 @@ def latest(directory: Path) -> Path | None:
     return path
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: WeightAverage | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Progress:
     """Load a checkpoint into a module and an optimizer built from the same settings.
+
+    An average that the checkpoint does not have begins anew at its weights.
 
     Raises:
         CheckpointError: a file is damaged, or names or shapes differ from the module's.
@@ -104,7 +159,8 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Pro
     meta: dict[str, Any] = read_json(path / META, CheckpointError)
     try:
         progress = Progress(**meta["progress"])
-        checksums = {name: meta["sha256"][name] for name in (TENSORS, OPTIMIZER)}
+        checksums = {TENSORS: meta["sha256"][TENSORS], OPTIMIZER: meta["sha256"][OPTIMIZER], **meta["sha256"]}
+        scale: dict[str, Any] = dict(meta.get("scaler", {}))
     except (KeyError, TypeError) as problem:
         raise CheckpointError(
             f"{path / META} is not that of a checkpoint ({type(problem).__name__}: {problem})"
@@ -116,29 +172,52 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Pro
                 "an older checkpoint into `latest` beside it"
             )
     load_trainable(path, module)
+    if average is not None:
+        current = {
+            name: tensor for name, tensor in trainable_state(module).items() if name in average.averages
+        }
+        if AVERAGE in checksums:
+            _copy_into(average.averages, path / AVERAGE)
+        else:
+            _copy_tensors(average.averages, current)
+    _load_optimizer(path, optimizer)
+    if scaler is not None and scaler.is_enabled() and scale:
+        scaler.load_state_dict(scale)
+    return progress
+
+
+def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """The moments come from the checkpoint, rates and decay from the settings."""
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict(torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu"))
-    except (ValueError, KeyError) as problem:
+        saved = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
+        for number, state in saved["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                    state[name] = sharded_like(value, parameters[number])
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, IndexError) as problem:
         raise CheckpointError(
             f"{path}: the optimizer's parameter groups differ ({problem}); resume with the settings of the run, or "
             "choose another run.out"
         ) from None
     except (UnpicklingError, RuntimeError) as problem:
         raise CheckpointError(f"{path / OPTIMIZER} cannot be read safely: {problem}") from None
-    # moments come from the checkpoint, rates and decay from the settings
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
-    return progress
 
 
 def load_trainable(path: Path, module: nn.Module) -> None:
     """Load only the tensors of a checkpoint; every name and shape must match."""
+    _copy_into(trainable_state(module), path / TENSORS)
+
+
+def _copy_into(current: dict[str, Tensor], file: Path) -> None:
     try:
-        saved = load_file(str(path / TENSORS))
+        saved = load_file(str(file))
     except (SafetensorError, FileNotFoundError) as problem:
-        raise CheckpointError(f"{path / TENSORS} cannot be read: {problem}") from None
-    current = trainable_state(module)
+        raise CheckpointError(f"{file} cannot be read: {problem}") from None
     missing, extra = sorted(current.keys() - saved.keys()), sorted(saved.keys() - current.keys())
     other = [
         f"{name}: checkpoint {tuple(saved[name].shape)}, model {tuple(current[name].shape)}"
@@ -147,15 +226,19 @@ def load_trainable(path: Path, module: nn.Module) -> None:
     ]
     if missing or extra or other:
         raise CheckpointError(
-            f"checkpoint {path} is of another model. "
+            f"checkpoint {file.parent} is of another model. "
             + _listing("missing in it", missing)
             + _listing("unknown to the model", extra)
             + _listing("of another shape", other)
             + "Resume with the settings the run was started with, or choose another run.out."
         )
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            current[name].copy_(tensor)
+    _copy_tensors(current, saved)
+
+
+@torch.no_grad()
+def _copy_tensors(current: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in current.items():
+        tensor.copy_(sharded_like(values[name], tensor))
 
 
 def _listing(title: str, names: list[str]) -> str:

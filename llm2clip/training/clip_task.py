@@ -6,104 +6,92 @@ The LLM is frozen and absent: captions enter as the embeddings that `llm2clip em
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2clip.data.images import ImageTransform, decode_image
 from llm2clip.data.loader import Position
-from llm2clip.data.sample import Sample, caption_role
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore
-from llm2clip.errors import BadSampleError, CheckpointError, ConfigError, DataError
-from llm2clip.files import read_json, write_json
+from llm2clip.errors import ConfigError
 from llm2clip.models.groups import group_of
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.settings import CaptionSettings, ModelSettings, TrainSettings
-from llm2clip.training import checkpoint
+from llm2clip.settings import ModelSettings, TrainSettings
+from llm2clip.training import clip_batch, clip_checks
 from llm2clip.training.batches import rank_batches
+from llm2clip.training.caption_source import CaptionSource
+from llm2clip.training.clip_batch import ImageTexts, Pieces
+from llm2clip.training.clip_loss import ClipLoss
+from llm2clip.training.clip_reader import Reader
 from llm2clip.training.optim import NamedParameters
+from llm2clip.training.teachers import Teachers
+from llm2clip.training.towers import TwoTowers
 from llm2clip.training.world import World
-from llm2clip_kernels import infonce_loss, sigmoid_loss
 
-
-@dataclass(frozen=True, slots=True)
-class ImageText:
-    """One training sample: an image and the caption picked for it this time.
-
-    Attributes:
-        key: sample key, for messages.
-        group: identity of what is shown.
-        pixels: (3, S, S) float32, normalised.
-        text: caption, looked up in the embedding store.
-    """
-
-    key: str
-    group: str
-    pixels: Tensor
-    text: str
-
-
-@dataclass(frozen=True)
-class ImageTextChunk:
-    """Images (b, 3, S, S) and LLM embeddings (b, D_llm) on the device."""
-
-    pixels: Tensor
-    embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-class TwoTowers(nn.Module):
-    """`ImageTextChunk` -> unit-norm `image` and `text` (b, D), the 0-dim multiplier `scale`, and `bias` if any."""
-
-    def __init__(self, model: LLM2CLIP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, chunk: ImageTextChunk) -> dict[str, Tensor]:
-        outputs = self.model(chunk.pixels, chunk.embeddings)
-        names = {
-            "image": "image_features", "text": "text_features", "scale": "logit_scale", "bias": "logit_bias"
-        }  # fmt: skip
-        return {ours: outputs[theirs] for ours, theirs in names.items() if theirs in outputs}
+log = logging.getLogger("llm2clip.training")
 
 
 class ClipTask:
-    """Task of `llm2clip train` (see `training.loop.Task`)."""
+    """Task of `llm2clip train` (see `training.task.Task`)."""
 
     title = "training CLIP"
     token_budget = 0
+    additive, sharded = False, False
 
     def __init__(self, settings: TrainSettings, world: World) -> None:
         if not settings.data.train:
             raise ConfigError("data.train: expected at least one source of images and captions")
-        if not settings.store:
-            raise ConfigError("store: expected the embedding store that `llm2clip embed` made")
-        self.settings = settings
+        self.settings, data = settings, settings.data
         self._world = world
-        self._store = EmbeddingStore.open(settings.store)
-        self._source: Source = open_source(
-            settings.data.train, weights=settings.data.weights, limit=settings.data.limit
-        )
-        _require_roles(settings.data.captions)
-        require_stored_captions(self._source, settings.data.captions, self._store)
-        _require_same_encoder(Path(settings.run.out), self._store, world)
+        self._captions = CaptionSource(settings, world.device)
+        self._source: Source = open_source(data.train, weights=data.weights, limit=data.limit)
+        clip_checks.require_captions(self._source, data.captions, self._captions.store)
+        fingerprint = self._captions.fingerprint()
+        clip_checks.require_same_encoder(Path(settings.run.out), fingerprint, world)
+        clip_checks.require_fixed_text_side(settings, self._captions.dim)
         torch.manual_seed(settings.run.seed)  # the adapter's initial values
-        self.model = LLM2CLIP(model_settings(settings), self._store.dim, self._store.fingerprint).to(
-            world.device
-        )
-        self.module: nn.Module = TwoTowers(self.model)
+        model = LLM2CLIP.from_settings(model_settings(settings), self._captions.dim, fingerprint)
+        if settings.loss.kind == "cosine" and settings.model.init is None:
+            clip_checks.begin_with_embeddings(model)
+        self._captions.attach_to(model)
+        module = TwoTowers(model, settings).to(world.device)
+        self.module: nn.Module = module
         self.samples = len(self._source)
-        vision = self.model.vision_model
-        self._transform = ImageTransform(vision.image_size, vision.mean, vision.std, train=True)
+        vision = model.vision_model
+        transform = vision.preprocessing.transform(train=True)
+        self._teachers = Teachers(settings, vision, world.device)
+        decoded = not settings.features and (module.image or module.tower)
+        self._reader = Reader(
+            captions=data.captions,
+            transform=transform if decoded else None,
+            views=settings.teacher.views,
+            store=self._captions.store if module.text else None,
+            features=EmbeddingStore.open(settings.features) if settings.features else None,
+            teacher_image=self._teachers.image_store,
+            teacher_text=self._teachers.text_store,
+        )
+        clip_checks.require_teachers(settings, self._teachers, model.settings.embed_dim)
+        clip_checks.require_stored_images(self._source, self._reader, vision)
+        group = torch.distributed.group.WORLD if world.size > 1 else None
+        self._loss = ClipLoss(
+            settings.loss,
+            several=data.captions.per_image > 1,
+            texts=model.settings.clip_text.use == "three_losses",
+            group=group,
+        )
+
+    @property
+    def model(self) -> LLM2CLIP:
+        """The model that is trained."""
+        model: Any = self.module.model
+        assert isinstance(model, LLM2CLIP)
+        return model
 
     def groups(self) -> Mapping[str, NamedParameters]:
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -111,58 +99,56 @@ class ClipTask:
             groups.setdefault(group_of(name), []).append((name, parameter))
         return groups
 
-    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Sequence[ImageText]]]:
-        data = self.settings.data
-        transform = partial(_to_image_text, captions=data.captions, transform=self._transform)
-        return rank_batches(self._source, transform, data, self.settings.run, self._world, (epoch, batch))
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[Position, Any]]:
+        return rank_batches(
+            self._source, self._reader, self.settings.data, self.settings.run, self._world, (epoch, batch),
+            collate=self._reader.collate, join=clip_batch.batch_of, text_only=not self._reader.reads_images,
+        )  # fmt: skip
 
-    def chunks(self, samples: Sequence[ImageText], size: int) -> Sequence[ImageTextChunk]:
-        kept = _one_per_group(samples) if self.settings.loss.mask_duplicates else list(samples)
-        embeddings = self._store.get([sample.text for sample in kept])
-        step = size or len(kept)
-        device = self._world.device
-        return [
-            ImageTextChunk(
-                torch.stack([sample.pixels for sample in kept[start : start + step]]).to(device),
-                embeddings[start : start + step].to(device),
-            )
-            for start in range(0, len(kept), step)
-        ]
+    def chunks(self, samples: Sequence[Any], size: int) -> Sequence[ImageTexts]:
+        assert isinstance(samples, (ImageTexts, Pieces))
+        batch = samples.whole().one_per_group() if self._loss.duplicates == "drop" else samples
+        # ids that all differ cost the loss something and change nothing; other ranks' are not known here
+        meeting = self._world.size > 1 or clip_batch.has_repeats(batch.groups)
+        on_device = replace(batch.to(self._world.device), meeting=meeting)
+        return [self._with_models(part) for part in on_device.split(size)]
+
+    def _with_models(self, part: ImageTexts) -> ImageTexts:
+        """A chunk with what no loader's worker can give it: tokens, and features of models that run along."""
+        tower = self.model.clip_text
+        return replace(
+            self._teachers.add_to(part),
+            tokens=self._captions.tokens(part.texts),
+            clip_tokens=None if tower is None else tower.tokenize(part.texts).to(self._world.device),
+        )
 
     def loss(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
-        group = torch.distributed.group.WORLD if self._world.size > 1 else None
-        metrics = {"logit_scale": scale.detach()}
-        if self.settings.loss.kind == "sigmoid":
-            metrics["logit_bias"] = outputs["bias"].detach()
-            value = sigmoid_loss(image, text, scale, outputs["bias"], group=group)
-        else:
-            smoothing = self.settings.loss.label_smoothing
-            value = infonce_loss(
-                image, text, scale, label_smoothing=smoothing, logit_bias=outputs.get("bias"), group=group
-            )
-        with torch.no_grad():
-            similarity = (image * text).sum(-1).float().mean()
-        return value, {"positive_similarity": similarity, **metrics}
+        return self._loss(outputs)
 
     def after_step(self) -> None:
         self.model.clamp_logit_scale()
 
-    def names(self, samples: Sequence[ImageText]) -> list[str]:
-        return [sample.key for sample in samples]
+    def names(self, samples: Sequence[Any]) -> list[str]:
+        assert isinstance(samples, (ImageTexts, Pieces))
+        return samples.keys
 
     def evaluate(self) -> dict[str, float]:
         """Retrieval on `data.val` with the model as it is, when there is any."""
         if not self.settings.data.val or not self._world.is_main:
             return {}
+        if self.model.text_fusion is not None:
+            log.warning("held-out retrieval of a model that joins two text towers: `llm2clip evaluate`")
+            return {}
         from llm2clip.evaluation.retrieval import quick_retrieval
 
         self.model.eval()
-        return quick_retrieval(self.model, self.settings.data, self._store)
+        return quick_retrieval(self.model, self.settings.data, self._captions)
 
     def export(self, path: Path) -> None:
         """Write the model as `LLM2CLIP.from_pretrained` reads it."""
-        self.model.save_pretrained(path)
+        from llm2clip.export.card import run_card
+
+        self.model.save_pretrained(path, run_card(Path(self.settings.run.out)))
 
 
 def model_settings(settings: TrainSettings) -> ModelSettings:
@@ -179,100 +165,3 @@ def model_settings(settings: TrainSettings) -> ModelSettings:
         logit_scale_init=math.log(10.0) if scale is None else scale,
         logit_bias_init=-10.0 if bias is None else bias,
     )
-
-
-def require_stored_captions(
-    source: Source, captions: CaptionSettings, store: EmbeddingStore, probe: int = 64
-) -> None:
-    """Check a spread of samples, so that a store of other data fails now and not in the middle of an epoch.
-
-    Raises:
-        StoreError: a caption is not in the store.
-        DataError: none of the samples has a caption; the fields that were found are named.
-    """
-    stride = max(1, len(source) // probe)
-    texts: list[str] = []
-    found: set[str] = set()
-    for index in range(0, len(source), stride):
-        try:
-            sample = source.captions_of(index)
-        except BadSampleError:
-            continue
-        found.update(sample.captions)
-        texts += [text for _, text in _roles(sample, captions)]
-    if not texts:
-        raise DataError(
-            f"{source.name}: no caption in {', '.join((*captions.short, *captions.long))}; the caption fields found "
-            f"are: {', '.join(sorted(found)) or 'none'}. Set data.captions.short and data.captions.long."
-        )
-    store.rows(texts)
-
-
-def _require_same_encoder(out: Path, store: EmbeddingStore, world: World) -> None:
-    """Refuse to go on with embeddings of another encoder than the run began with; their width may be the same."""
-    record = out / "text_encoder.json"
-    if checkpoint.latest(out) is not None and record.exists():
-        store.check_fingerprint(read_json(record, CheckpointError))
-    elif world.is_main:
-        write_json(record, store.fingerprint)
-
-
-def _require_roles(captions: CaptionSettings) -> None:
-    chances = captions.probabilities
-    if unknown := sorted(set(chances) - {"short", "long"}):
-        raise ConfigError(
-            f"data.captions.probabilities: expected the roles short and long, got {', '.join(unknown)}"
-        )
-    if chances and not (min(chances.values()) >= 0 and sum(chances.values()) > 0):
-        raise ConfigError(
-            f"data.captions.probabilities: expected shares of at least 0, one of them above, got {chances}"
-        )
-
-
-def _roles(sample: Sample, captions: CaptionSettings) -> list[tuple[str, str]]:
-    roles = (("short", captions.short), ("long", captions.long))
-    return [(role, text) for role, fields in roles if (text := caption_role(sample, fields))]
-
-
-def pick_caption(sample: Sample, captions: CaptionSettings, rng: np.random.Generator) -> str:
-    """One caption of the sample, its role drawn with `captions.probabilities`.
-
-    Raises:
-        BadSampleError: no role that may be drawn has text.
-    """
-    choices = [
-        (text, captions.probabilities.get(role, 0.0) if captions.probabilities else 1.0)
-        for role, text in _roles(sample, captions)
-    ]
-    total = sum(weight for _, weight in choices)
-    if total <= 0:
-        raise BadSampleError(
-            sample.key,
-            f"no caption in {', '.join((*captions.short, *captions.long))}; it has "
-            f"{', '.join(sample.captions) or 'none'}",
-        )
-    point = rng.random() * total
-    for text, weight in choices:
-        point -= weight
-        if point < 0:
-            return text
-    return choices[-1][0]
-
-
-def _to_image_text(
-    sample: Sample, rng: np.random.Generator, captions: CaptionSettings, transform: ImageTransform
-) -> ImageText:
-    text = pick_caption(sample, captions, rng)
-    if sample.image is None:
-        raise BadSampleError(sample.key, "it has no image")
-    return ImageText(
-        sample.key, sample.group, transform(decode_image(sample.image, key=sample.key), rng), text
-    )
-
-
-def _one_per_group(samples: Sequence[ImageText]) -> list[ImageText]:
-    """Drop images of what the batch shows already: they would be false negatives."""
-    kept: dict[str, ImageText] = {}
-    for sample in samples:
-        kept.setdefault(sample.group, sample)
-    return list(kept.values())

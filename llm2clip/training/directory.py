@@ -3,6 +3,7 @@
 run/config.yaml      the resolved settings
 run/metrics.jsonl    training.metrics
 run/checkpoints/     training.checkpoint
+run/failures/        training.failures: why ranks ended
 run/result/          what users load; the file DONE in it says that it is complete
 """
 
@@ -26,6 +27,8 @@ CONFIG, RESULT, DONE = "config.yaml", "result", "DONE"
 _FREE = {
     *(f"run.{name}" for name in ("out", "device", "threads", "micro_batch", "resume", "tensorboard")),
     *(f"run.{name}" for name in ("log_every", "save_every", "eval_every", "keep_checkpoints")),
+    *(f"run.{name}" for name in ("parallel", "timeout", "wandb", "peak_tflops")),
+    "optim.ema_export",
     "data.workers",
 }
 # read by the evaluation only

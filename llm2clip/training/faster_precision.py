@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 
-def faster_precision(module: nn.Module, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Returns the precision in which `module` trains faster on `device`.
+def faster_precision(device: torch.device, trained: nn.Module | None) -> Literal["bf16", "fp32"]:
+    """Returns the precision in which a model runs faster on `device`.
 
     bf16 where the processor multiplies it: CUDA and ROCm GPUs with bf16 units, CPUs with AMX or AVX-512 BF16 (twice
     the speed of fp32 and more; other CPUs convert every operand first). On CPUs with AVX-512 BF16 alone a model with
@@ -21,8 +21,8 @@ def faster_precision(module: nn.Module, device: torch.device) -> Literal["bf16",
     which is more than the products around them gain.
 
     Args:
-        module: the model, with `requires_grad` set as it will be trained.
-        device: where it runs.
+        device: where the model runs.
+        trained: the model, with `requires_grad` set as it will be trained; None: it is not.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -31,7 +31,7 @@ def faster_precision(module: nn.Module, device: torch.device) -> Literal["bf16",
         return "fp32"
     if torch.cpu._is_amx_tile_supported():
         return "bf16"
-    if torch.cpu._is_avx512_bf16_supported() and not _trains_depthwise(module):
+    if torch.cpu._is_avx512_bf16_supported() and not (trained is not None and _trains_depthwise(trained)):
         return "bf16"
     return "fp32"
 

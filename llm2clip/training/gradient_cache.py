@@ -4,6 +4,8 @@ Gradient cache (Gao et al. 2021, arXiv 2101.06983): embed every chunk without a 
 all embeddings at once and its gradients on them, then embed each chunk again with a graph and feed it the
 cached gradients. The result equals one big batch; memory is that of one chunk. Both forwards of a chunk run
 under the same random state, so dropout agrees. (Batch normalisation that still learns would see chunks.)
+
+A loss that is a sum over chunks needs none of this: `accumulate`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llm2clip.training.parallel import exchange_gradients
 
 Outputs = Mapping[str, Tensor]
 LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
@@ -56,52 +60,63 @@ def backward(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     *,
     always_cache: bool = False,
+    passes: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulate the gradients of one loss over all `chunks` into the module's parameters.
 
     Args:
         module: maps a chunk to named outputs; tensors with a batch dimension (b, ...) are concatenated over
-            the chunks, 0-dimensional ones (the logit scale) are the same for all and taken once. May be a
-            DistributedDataParallel: ranks exchange gradients once, after the last chunk.
+            the chunks, 0-dimensional ones (the logit scale) are the same for all and taken once; what is not
+            floating point (group ids) is passed on. May be a DistributedDataParallel or sharded: ranks exchange
+            gradients once, after the last chunk.
         chunks: parts of the batch; one chunk needs no second forward.
         loss: maps the outputs of the whole batch to a 0-dimensional loss and detached metrics.
         device: device of the module, for its random state.
         autocast: context of every forward.
         always_cache: use the cache for one chunk too. Ranks of a DistributedDataParallel must agree on it: both
             ways order the communication of its first steps differently, and would wait for each other.
+        passes: forward passes to make at least, for sharded modules, whose ranks must make equally many: the last
+            chunk runs again and adds nothing.
+        scaler: multiplies the loss before its gradients are taken (fp16).
 
     Returns:
         The detached loss and the metrics of `loss`.
     """
     if not chunks:
         raise ValueError("gradient cache: the batch has no chunk")
+    scaled = scaler.scale if scaler is not None else _unchanged
     if len(chunks) == 1 and not always_cache:
         with autocast():
             outputs = module(chunks[0])
         value, metrics = loss(outputs)
-        value.backward()
+        scaled(value).backward()
         return value.detach(), metrics
 
+    own = len(chunks)
+    chunks = [*chunks, *[chunks[-1]] * (passes - own)]
     states, parts = [], []
     with torch.no_grad():
         for chunk in chunks:
             states.append(RandomState.capture(device))
             with autocast():
                 parts.append(module(chunk))
-    leaves = {name: _join([part[name] for part in parts]) for name in parts[0]}
+    leaves = {name: _join([part[name] for part in parts[:own]]) for name in parts[0]}
     value, metrics = loss(leaves)
-    value.backward()
+    scaled(value).backward()
 
     starts = dict.fromkeys(leaves, 0)
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         last = index == len(chunks) - 1
-        with state.replay(device), _without_exchange(module, skip=not last):
+        with state.replay(device), exchange_gradients(module, last):
             with autocast():
                 outputs = module(chunk)
             roots, gradients = [], []
             for name, output in outputs.items():
                 gradient = leaves[name].grad
-                if output.dim() > 0:
+                if output.dim() > 0 and index >= own:
+                    gradient = None if gradient is None else torch.zeros_like(output)
+                elif output.dim() > 0:
                     start, starts[name] = starts[name], starts[name] + len(output)
                     gradient = None if gradient is None else gradient[start : starts[name]]
                 elif not last:
@@ -114,12 +129,45 @@ def backward(
     return value.detach(), metrics
 
 
+def accumulate(
+    module: nn.Module,
+    chunks: Sequence[Any],
+    loss: LossFunction,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    always_cache: bool = False,
+    passes: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `backward`, for a loss that is the sum of the chunks' own: each is done with at once, in one forward.
+
+    Args:
+        loss: maps the outputs of one chunk to its share of the loss of the batch; its metrics are added up.
+        module, chunks, device, autocast, passes, scaler: as in `backward`.
+        always_cache: without meaning here.
+    """
+    if not chunks:
+        raise ValueError("gradient accumulation: the batch has no chunk")
+    scaled = scaler.scale if scaler is not None else _unchanged
+    own, count = len(chunks), max(len(chunks), passes)
+    total, sums = torch.zeros((), device=device), dict[str, Tensor]()
+    for index in range(count):
+        with exchange_gradients(module, index == count - 1):
+            with autocast():
+                outputs = module(chunks[min(index, own - 1)])
+            value, metrics = loss(outputs)
+            scaled(value if index < own else 0.0 * value).backward()
+        if index < own:
+            total = total + value.detach()
+            sums = {name: metric + sums.get(name, 0.0) for name, metric in metrics.items()}
+    return total, sums
+
+
 def _join(parts: list[Tensor]) -> Tensor:
     joined = parts[-1].clone() if parts[-1].dim() == 0 else torch.cat(parts)
-    return joined.detach().requires_grad_()
+    return joined.detach().requires_grad_(joined.is_floating_point())
 
 
-def _without_exchange(module: nn.Module, *, skip: bool) -> AbstractContextManager[Any]:
-    if skip and isinstance(module, nn.parallel.DistributedDataParallel):
-        return module.no_sync()
-    return nullcontext()
+def _unchanged(value: Tensor) -> Tensor:
+    return value

@@ -1,83 +1,123 @@
-"""AdamW with parameter groups, and warm-up + cosine as a pure function of the step."""
+"""The optimizer over named parameter groups: rates by group and layer, what is not decayed, the gradients' norm."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm2clip.errors import ConfigError
 from llm2clip.models.groups import no_decay
 from llm2clip.settings import OptimSettings
+from llm2clip.training.layers import layer_numbers
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+_FUSED_ADAMW = ("cuda", "cpu", "mps", "xpu")
 
 
-def build_optimizer(groups: Mapping[str, NamedParameters], settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of named groups.
-
-    Each group becomes one with and one without weight decay; its learning rate is `settings.lr` times
-    `settings.lr_scales[group]`. The order of groups and parameters is that of `groups`, so a checkpoint of the
-    optimizer fits a run that was built from the same settings.
+def freeze(groups: Mapping[str, NamedParameters], names: Iterable[str]) -> None:
+    """Stop training the groups of these names.
 
     Raises:
-        ConfigError: a scale names no group, or nothing is trainable.
+        ConfigError: there is no such group.
     """
-    unknown = sorted(set(settings.lr_scales) - set(groups))
-    if unknown:
-        raise ConfigError(f"optim.lr_scales names {', '.join(unknown)}; the groups are {', '.join(groups)}")
-    entries: list[dict[str, Any]] = []
+    for name in _known(names, groups, "optim.freeze"):
+        for _, parameter in groups[name]:
+            parameter.requires_grad_(False)
+
+
+def build_optimizer(groups: Mapping[str, NamedParameters], settings: OptimSettings) -> torch.optim.Optimizer:
+    """AdamW or Lion over the trainable parameters of named groups.
+
+    Each group is split by layer, where it has a layer decay, and by weight decay; the learning rate of a part is
+    `settings.lr` times its `lr_scale`. The order of groups and parameters is that of `groups`, so a checkpoint of
+    the optimizer fits a run that was built from the same settings.
+
+    Raises:
+        ConfigError: a setting names no group, nothing is trainable, or the package of the optimizer is missing.
+    """
+    _known(settings.lr_scales, groups, "optim.lr_scales")
+    _known(settings.layer_decay, groups, "optim.layer_decay")
+    entries: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for group, parameters in groups.items():
-        scale = settings.lr_scales.get(group, 1.0)
-        for decay in (True, False):
-            chosen = [p for name, p in parameters if p.requires_grad and no_decay(name, p) is not decay]
-            if chosen:
-                entries.append(
-                    {
-                        "params": chosen,
-                        "lr": settings.lr * scale,
-                        "lr_scale": scale,
-                        "weight_decay": settings.weight_decay if decay else 0.0,
-                        "name": group,
-                    }
-                )
+        numbers = layer_numbers([name for name, _ in parameters])
+        last = max(numbers, default=0)
+        for (name, parameter), number in zip(parameters, numbers, strict=True):
+            if not parameter.requires_grad:
+                continue
+            decayed = not no_decay(name, parameter)
+            decayed = decayed and not any(fnmatchcase(name, pattern) for pattern in settings.no_decay)
+            scale = settings.lr_scales.get(group, 1.0)
+            scale *= settings.layer_decay.get(group, 1.0) ** (last - number)
+            entry = {
+                "params": [],
+                "lr": settings.lr * scale,
+                "lr_scale": scale,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "name": group,
+            }
+            entries.setdefault((group, scale, not decayed), entry)["params"].append(parameter)
     if not entries:
         raise ConfigError("nothing is trainable: every parameter is frozen; check `freeze` and `lora.rank`")
-    device = entries[0]["params"][0].device
+    # decayed before not decayed in every group, layers in order
+    rank = {group: number for number, group in enumerate(groups)}
+    ordered = [entries[key] for key in sorted(entries, key=lambda key: (rank[key[0]], *key[1:]))]
+    if settings.name == "lion":
+        return _lion(ordered, settings)
     return torch.optim.AdamW(
-        entries,
+        ordered,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
-        fused=device.type in ("cuda", "cpu"),
+        fused=ordered[0]["params"][0].device.type in _FUSED_ADAMW,
     )
 
 
-def lr_factor(step: int, total: int, settings: OptimSettings) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `total` steps."""
-    warmup = min(settings.warmup_steps, total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return settings.final_lr + (1.0 - settings.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, total: int, settings: OptimSettings
-) -> float:
-    """Set every group's learning rate for `step`; returns the peak group's (scale 1) value."""
-    rate = settings.lr * lr_factor(step, total, settings)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
-    return rate
-
-
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
-    """Scale all gradients to a total norm of at most `limit` (0: never); returns the norm before, 0-dim."""
+    """Scale all gradients to a total norm of at most `limit` (0: never).
+
+    Returns:
+        The norm before, 0-dim, over all ranks' shards where parameters are sharded.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+    # torch's norm takes either kind of tensor, but not both at once
+    kinds = (
+        [p for p in parameters if not isinstance(p, DTensor)],
+        [p for p in parameters if isinstance(p, DTensor)],
+    )
+    norms = []
+    for kind in filter(None, kinds):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if limit > 0:
+        for kind in filter(None, kinds):
+            torch.nn.utils.clip_grads_with_norm_(kind, limit, total)
+    return total
+
+
+def _known(names: Iterable[str], groups: Mapping[str, NamedParameters], setting: str) -> list[str]:
+    """The names, which must be groups."""
+    if unknown := sorted(set(names) - set(groups)):
+        raise ConfigError(f"{setting} names {', '.join(unknown)}; the groups are {', '.join(groups)}")
+    return list(names)
+
+
+def _lion(entries: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.Optimizer:
+    """Lion (Chen et al. 2023, arXiv 2302.06675) from the package lion-pytorch."""
+    try:
+        from lion_pytorch import Lion
+        from lion_pytorch.foreach import Lion as ForeachLion
+    except ImportError:
+        raise ConfigError("optim.name lion: the package is missing; pip install 'llm2clip[lion]'") from None
+    if not settings.lr > 0:
+        raise ConfigError(f"optim.lr: lion needs a rate above 0, got {settings.lr}")
+    sharded = any(isinstance(parameter, DTensor) for entry in entries for parameter in entry["params"])
+    optimizer: torch.optim.Optimizer = (Lion if sharded else ForeachLion)(
+        entries, lr=settings.lr, betas=settings.betas
+    )
+    return optimizer

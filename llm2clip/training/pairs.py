@@ -1,83 +1,131 @@
-"""Caption pairs for the LLM stage: two texts of one image, each pair once."""
+"""Texts as training pairs of a query and a positive, and two captions of one image as such.
+
+A source hands out samples that know it (`OwnedSample`), and makes the pair of one when the loader asks: the coin that
+decides which caption is the query, and the draw of a hard negative, come from the loader's random numbers alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from llm2clip.data.mixture import Mixture
-from llm2clip.data.sample import Sample, caption_role
+from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
 from llm2clip.data.store import caption_digest
 from llm2clip.errors import BadSampleError, DataError
 from llm2clip.progress import Progress
-from llm2clip.settings import CaptionSettings
+from llm2clip.settings import CaptionSettings, PairSettings
+
+_DRAWS = 16  # tries to find a hard negative of another image
 
 
 @dataclass(frozen=True, slots=True)
-class CaptionPair:
-    """Two captions of one image.
+class TextPair:
+    """A query, a text that it should find, and perhaps one that it should not.
 
     Attributes:
         key: sample key, for messages.
-        group: identity of what is shown; two pairs of one group are no negatives of each other.
-        short, long: the texts.
+        group: identity of what is shown; texts of one group are no negatives of each other.
+        query, positive: the texts.
+        negative: a hard negative; empty: none.
+        negative_group: what the negative shows; empty: nothing known.
+        query_prompt: instruction before the query.
+        document_prompt: instruction before positive and negative.
     """
 
     key: str
     group: str
-    short: str
-    long: str
+    query: str
+    positive: str
+    negative: str = ""
+    negative_group: str = ""
+    query_prompt: str = ""
+    document_prompt: str = ""
 
 
-def caption_pair(sample: Sample, captions: CaptionSettings) -> CaptionPair:
-    """The pair of a sample.
+class PairMaker(Protocol):
+    """A source whose samples become pairs."""
+
+    def pair(self, sample: Sample, rng: np.random.Generator) -> TextPair:
+        """The pair of a sample of this source; raises BadSampleError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedSample(Sample):
+    """A sample and the source that makes its pair."""
+
+    owner: PairMaker | None = None
+
+
+def to_pair(sample: Sample, rng: np.random.Generator) -> TextPair:
+    """The loader's transform."""
+    assert isinstance(sample, OwnedSample) and sample.owner is not None
+    return sample.owner.pair(sample, rng)
+
+
+def owned(sample: Sample, owner: PairMaker) -> OwnedSample:
+    """The sample without its image, as one of `owner`."""
+    return OwnedSample(sample.key, sample.captions, None, sample.group, sample.meta, owner)
+
+
+def role_texts(sample: Sample, fields: Sequence[str]) -> tuple[str, ...]:
+    """All texts of the first of `fields` that has any."""
+    return next((texts for name in fields if (texts := sample.captions.get(name))), ())
+
+
+def caption_sides(sample: Sample, captions: CaptionSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The short and the long texts of a sample, one of each side can be paired.
 
     Raises:
-        BadSampleError: one of the two roles has no text, or both have the same.
+        BadSampleError: one of the two roles has no text, or there are no two different ones.
     """
-    short, long = caption_role(sample, captions.short), caption_role(sample, captions.long)
+    short, long = role_texts(sample, captions.short), role_texts(sample, captions.long)
     if not short or not long:
         lacking = " and ".join(
             f"{role} ({', '.join(fields)})"
-            for role, fields, text in (("short", captions.short, short), ("long", captions.long, long))
-            if not text
+            for role, fields, texts in (("short", captions.short, short), ("long", captions.long, long))
+            if not texts
         )
         raise BadSampleError(
             sample.key, f"no text for {lacking}; it has {', '.join(sample.captions) or 'no captions'}"
         )
-    if short == long:
+    if len({*short, *long}) < 2:
         raise BadSampleError(sample.key, "short and long caption are equal")
-    return CaptionPair(sample.key, sample.group, short, long)
+    return short, long
 
 
-class PairSource:
-    """The samples of a source that bring a pair of captions not seen before (8 bytes of memory per pair).
+class CaptionPairs:
+    """The samples of a source that bring two captions not seen before (8 bytes of memory per pair).
 
     Images shown several times (one entity drawn in several styles) carry the same captions; one of them is kept.
+    Which caption is the query, and which of several texts of a role is taken, is drawn each time.
 
     Args:
         source: the samples.
-        captions: which fields make a pair.
+        captions: which fields make a pair; both roles may name one field that holds several texts.
+        settings: instructions and hard negatives.
         show: whether progress is shown.
         seen: digests of pairs that other sources brought; new ones are added.
 
     Raises:
-        DataError: no sample has both captions; the fields that were found are named.
+        DataError: no sample has two captions; the fields that were found are named.
     """
 
     def __init__(
         self,
         source: Source,
         captions: CaptionSettings,
+        settings: PairSettings | None = None,
         *,
         show: bool = True,
         seen: set[bytes] | None = None,
     ) -> None:
         self.name = source.name
-        self._source = source
+        self._source, self._captions, self._settings = source, captions, settings or PairSettings()
         seen = set() if seen is None else seen
         kept: list[int] = []
         fields: dict[str, int] = {}
@@ -87,10 +135,10 @@ class PairSource:
                     sample = source.captions_of(index)
                     for field in sample.captions:
                         fields[field] = fields.get(field, 0) + 1
-                    pair = caption_pair(sample, captions)
+                    short, long = caption_sides(sample, captions)
                 except BadSampleError:
                     continue  # loaders meet readable samples only; `llm2clip data check` lists the others
-                digest = caption_digest(f"{pair.short}\x00{pair.long}")
+                digest = caption_digest("\x00".join((*short, *long)))
                 if digest not in seen:
                     seen.add(digest)
                     kept.append(index)
@@ -99,16 +147,15 @@ class PairSource:
             raise DataError(
                 f"{source.name}: no sample has two captions. Expected a short one in {', '.join(captions.short)} and a "
                 f"long one in {', '.join(captions.long)}; the caption fields found are: {found}. "
-                "Set data.captions.short and data.captions.long."
+                "Set data.captions.short and data.captions.long, or train on single texts with objective=simcse."
             )
         self._kept = np.asarray(kept, dtype=np.int64)
-        self.captions = captions
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._source.captions_of(int(self._kept[index]))
+        return owned(self._source.captions_of(int(self._kept[index])), self)
 
     def captions_of(self, index: int) -> Sample:
         """The sample without its image, like `[]`."""
@@ -123,23 +170,30 @@ class PairSource:
         ]
         return [(start, stop) for start, stop in bounds if stop > start]
 
+    def pair(self, sample: Sample, rng: np.random.Generator) -> TextPair:
+        """Two texts of the sample, in a random direction."""
+        short, long = caption_sides(sample, self._captions)
+        picked = {"short": short[rng.integers(len(short))]}
+        rest = [text for text in long if text != picked["short"]]
+        if not rest:  # the one long text was drawn as the short one
+            picked["short"] = next(text for text in short if text != picked["short"])
+            rest = list(long)
+        picked["long"] = rest[rng.integers(len(rest))]
+        query, positive = ("short", "long") if rng.random() < 0.5 else ("long", "short")
+        prompt = self._settings.instructions.get(query, "")
+        negative, group = "", ""
+        if self._settings.negatives == "random":
+            negative, group = self._other(sample, positive, rng)
+        return TextPair(
+            sample.key, sample.group, picked[query], picked[positive], negative, group,
+            query_prompt=prompt, document_prompt=prompt if query in self._settings.symmetric else "",
+        )  # fmt: skip
 
-def pair_source(source: Source, captions: CaptionSettings, *, show: bool = True) -> Source:
-    """A `PairSource`; of a weighted mixture a mixture of them, so that its weights still count."""
-    if not isinstance(source, Mixture) or not source.weights:
-        return PairSource(source, captions, show=show)
-    seen: set[bytes] = set()
-    parts = [PairSource(part, captions, show=show, seen=seen) for part in source.sources]
-    return Mixture(parts, source.weights)
-
-
-def without_duplicates(pairs: Sequence[CaptionPair]) -> list[CaptionPair]:
-    """Drop pairs that would be false negatives of an earlier one: same group, or an equal text."""
-    kept: list[CaptionPair] = []
-    seen: set[str] = set()
-    for pair in pairs:
-        marks = {f"group\x00{pair.group}", f"text\x00{pair.short}", f"text\x00{pair.long}"}
-        if seen.isdisjoint(marks):
-            kept.append(pair)
-            seen |= marks
-    return kept
+    def _other(self, sample: Sample, role: str, rng: np.random.Generator) -> tuple[str, str]:
+        """A caption of the positive's role of another image, and its group; empty where none was found."""
+        for _ in range(_DRAWS):
+            other = self._source.captions_of(int(self._kept[rng.integers(len(self))]))
+            if other.group != sample.group:
+                texts = role_texts(other, getattr(self._captions, role))
+                return texts[rng.integers(len(texts))], other.group
+        return "", ""

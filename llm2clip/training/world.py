@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llm2clip.errors import ConfigError
 
@@ -34,16 +36,31 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier()
+        self.max(0)
 
     def max(self, value: int) -> int:
         """The largest `value` of all ranks, on every rank."""
         if self.size == 1:
             return value
-        largest = torch.tensor(value, device=self.device)
+        largest = torch.tensor(value)  # on the CPU, where asking for it does not wait for the GPU
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
+
+    def sum(self, value: int) -> int:
+        """The sum of `value` over all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value)
+        dist.all_reduce(total)
+        return int(total.item())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
 
 def resolve_device(name: str) -> torch.device:
@@ -64,8 +81,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
+def start_world(device: str = "auto", threads: int = 0, timeout: float = 1800.0) -> Iterator[World]:
     """Join the process group that `torchrun` describes, or be a world of one; leave it at the end.
+
+    Args:
+        device: as in `resolve_device`.
+        threads: CPU threads; 0 leaves torch's choice.
+        timeout: seconds after which a rank that waits for another in a collective gives up.
 
     A rank that fails keeps the group until its process ends, which ends the others instead of letting them wait.
     """
@@ -80,7 +102,8 @@ def start_world(device: str = "auto", threads: int = 0) -> Iterator[World]:
     if target.type == "cuda":
         target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield World(rank, size, target)
     except SystemExit:  # every rank was asked to stop

@@ -17,10 +17,17 @@ Reduction = Literal["mean", "sum", "none"]
 GradReduction = Literal["ddp_mean", "sum"]
 
 
-def transport_of(group: Group, gather: bool | Literal["ring"] | None, name: str) -> Transport:
-    """How other ranks' rows take part: as `gather` says, else exactly when a group is given."""
+def transport_of(
+    group: Group, gather: bool | Literal["ring"] | None, name: str, ring: bool = True
+) -> Transport:
+    """How other ranks' rows take part: as `gather` says, else exactly when a group is given.
+
+    `ring`: whether this loss has a ring; raises ValueError where one is asked for without.
+    """
     if gather not in (None, True, False, "ring"):
         raise ValueError(f"{name}: gather must be True, False, None or 'ring', got {gather!r}")
+    if gather == "ring" and not ring:
+        raise ValueError(f"{name}: gather='ring' is for infonce_loss and sigmoid_loss; use gather=True")
     if gather == "ring":
         return "ring"
     return "gather" if (group is not None if gather is None else gather) else "local"

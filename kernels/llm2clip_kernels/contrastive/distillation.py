@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..autocast import follows_autocast
-from ..checks import check_pair, scale_tensor
+from ..checks import check_paired, scale_tensor
 from ..distributed import Group
 from ..similarity_distill import similarity_distill_with_rounding
 from .common import GradReduction, Reduction, check_options, reduce_terms, transport_of
@@ -120,12 +120,8 @@ def distill_loss(
         >>> (contrastive + distill).backward()
     """
     check_options("distill_loss", reduction, grad_reduction)
-    check_pair(x, y, "distill_loss")
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(f"distill_loss: x and y must pair up, got {x.shape[0]} and {y.shape[0]} rows")
-    if gather not in (None, True, False):
-        raise ValueError(f"distill_loss: gather must be True, False or None, got {gather!r}")
-    over_ranks = transport_of(group, gather, "distill_loss") != "local"
+    check_paired(x, y, "distill_loss")
+    over_ranks = transport_of(group, gather, "distill_loss", ring=False) == "gather"
     # before anything travels: an error on one rank alone would leave the others waiting
     if q.shape[0] != y.shape[0]:
         raise ValueError(f"distill_loss: q must have y's rows, got {q.shape[0]} and {y.shape[0]}")

@@ -232,10 +232,7 @@ def ranking_loss(
     negatives = [] if negatives is None else list(negatives)
     check_options(name, reduction, grad_reduction)
     _check(queries, docs, negatives, scale, directions, partition_mode, hardness_mode, hardness_strength)
-    transport = transport_of(group, gather, name)
-    if transport == "ring":
-        raise ValueError(f"{name}: gather='ring' is for infonce_loss; use gather=True")
-    spread = transport == "gather"
+    spread = transport_of(group, gather, name, ring=False) == "gather"
     factor = scale_tensor(scale, queries, name)
     scores = _Scores(queries, docs, negatives, factor, group, spread, method)
     doc_to_query = "doc_to_query" in directions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .coca import CoCaLoss
 from .distill import DistillClipLoss
-from .inf_cl import cal_flash_loss, cal_inf_loss
+from .inf_cl import cal_flash_loss, cal_inf_loss, cal_ring_loss
 from .llm2clip_repo import ClipLoss as LLM2CLIPLoss
 from .llm2vec import HardNegativeNLLLoss
 from .open_clip import ClipLoss
@@ -19,4 +19,5 @@ __all__ = [
     "SigLipLoss",
     "cal_flash_loss",
     "cal_inf_loss",
+    "cal_ring_loss",
 ]

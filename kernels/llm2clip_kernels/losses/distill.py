@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..autocast import follows_autocast
-from ..checks import scale_tensor
+from ..checks import check_paired, scale_tensor
 from ..contrastive import distill_terms
 from ..similarity_distill import similarity_distill_with_rounding
 from .open_clip import ClipLoss
@@ -48,6 +48,10 @@ class DistillClipLoss(ClipLoss):
         Returns:
             Contrastive and distillation loss, 0-dim.
         """
+        check_paired(image_features, text_features, "DistillClipLoss", "images and texts")
+        check_paired(
+            dist_image_features, dist_text_features, "DistillClipLoss", "the teacher's images and texts"
+        )
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
         if self.world_size > 1:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..autocast import follows_autocast
-from ..checks import check_pair
+from ..checks import check_paired
 from ..contrastive.infonce import symmetric_terms
 from ..similarity_rank import similarity_rank_counts
 from . import open_clip
@@ -72,12 +72,7 @@ class ClipLoss(nn.Module):
             0-dim loss, and {"i2t": ..., "t2i": ...}: 0-dim fp32 shares of images whose text comes first, and of
             texts whose image does. Of all ranks, or of this one for `local_loss`.
         """
-        check_pair(image_features, text_features, "ClipLoss")
-        if image_features.shape[0] != text_features.shape[0]:
-            raise ValueError(
-                f"ClipLoss: images and texts must pair up, got {image_features.shape[0]} and "
-                f"{text_features.shape[0]} rows"
-            )
+        check_paired(image_features, text_features, "ClipLoss", "images and texts")
         if self.world_size > 1:
             loss = self._loss._over_ranks(image_features, text_features, logit_scale, self.smoothing)
         else:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed
+from ..checks import check_paired
 from ..contrastive import nll_loss
 from ..l2_normalize import l2_normalize
 
@@ -43,11 +44,13 @@ class HardNegativeNLLLoss:
             0-dim loss.
         """
         gather = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if d_reps_neg is not None and d_reps_neg.shape[0] == 0:
+        # over ranks, one without hard negatives still takes part in gathering the others'
+        if d_reps_neg is not None and d_reps_neg.shape[0] == 0 and not gather:
             d_reps_neg = None
         is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
         if not is_cosine:
             return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
+        check_paired(q_reps, d_reps_pos, "HardNegativeNLLLoss", "queries and positives")
         unit = [l2_normalize(t) for t in (q_reps, d_reps_pos)]
         negatives = None if d_reps_neg is None else l2_normalize(d_reps_neg)
         return nll_loss(unit[0], unit[1], negatives, self.scale, gather=gather)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..autocast import follows_autocast
-from ..checks import scale_tensor
+from ..checks import check_paired, scale_tensor
 from ..contrastive import symmetric_terms, zero_of
 from ..similarity_lse.op import similarity_lse_with_positives
 
@@ -89,6 +89,7 @@ class ClipLoss(nn.Module):
             logit_bias: cancels; gets a zero gradient.
             output_dict: return {"contrastive_loss": loss}.
         """
+        check_paired(image_features, text_features, "ClipLoss", "images and texts")
         if self.world_size > 1:
             loss = self._over_ranks(image_features, text_features, logit_scale)
         else:

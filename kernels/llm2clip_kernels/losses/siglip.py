@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..autocast import follows_autocast
-from ..checks import check_pair
+from ..checks import check_paired
 from ..contrastive.sigmoid import local_sigmoid_terms
 from ..contrastive.statistics import Transport
 
@@ -91,12 +91,7 @@ class SigLipLoss(nn.Module):
         Returns:
             0-dim sum over this rank's images and everybody's texts, over B.
         """
-        check_pair(image_features, text_features, "SigLipLoss")
-        if image_features.shape[0] != text_features.shape[0]:
-            raise ValueError(
-                "SigLipLoss: images and texts must pair up, got "
-                f"{image_features.shape[0]} and {text_features.shape[0]} rows"
-            )
+        check_paired(image_features, text_features, "SigLipLoss", "images and texts")
         if self.world_size > 1 and not dist.is_initialized():
             raise ValueError(
                 f"SigLipLoss: world_size={self.world_size}, but torch.distributed is not initialised; launch "

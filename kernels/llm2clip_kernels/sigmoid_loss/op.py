@@ -25,8 +25,8 @@ from . import chunked, plain
 # rows and columns of a CPU tile of fp32 dot products, 4 MiB, as in similarity_lse
 _CPU_TILE = 1024
 # read once: torch.compile must not trace into the environment
-# four times: plain torch makes one matrix here, so that it stays ahead longer than for similarity_lse
-_SMALL_PAIRS = 4 * _env.small_pairs()
+# half as many again: plain torch makes one matrix here, so that it stays ahead longer than for similarity_lse
+_SMALL_PAIRS = 3 * _env.small_pairs() // 2
 
 
 def compute(
@@ -289,7 +289,7 @@ def sigmoid_terms(
         Their sum (), whose gradients are made at once: 3 matmuls, 1 where no gradient is needed. With
         `rows`, (M,), whose gradients are made in the backward: 4 matmuls. fp32 (fp64 for fp64).
 
-    Up to four times LLM2CLIP_SMALL_PAIRS pairs plain torch serves.
+    Up to one and a half times LLM2CLIP_SMALL_PAIRS pairs plain torch serves.
 
     Raises:
         TypeError, ValueError: inputs that do not fit.

@@ -1,0 +1,167 @@
+"""A batch of the CLIP stage: images and their captions, what was looked up for them, in parts and on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2clip.models.clip_text import ClipTokens
+from llm2clip.models.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class ImageTexts:
+    """B images with C captions, those of one image next to each other.
+
+    Attributes:
+        keys: sample keys, for messages.
+        groups: (B,) int64, what the images show.
+        counts: captions of each image, B numbers.
+        texts: C captions.
+        embeddings: (C, D_llm) fp32 of the captions.
+        pixels: (B, 3, S, S) uint8.
+        features: (B, F) fp32, stored features of a frozen tower.
+        teacher_image: (B, E) fp32 of a teacher.
+        teacher_text: (C, E) fp32 of a teacher.
+        teacher_tower: (B, F) fp32 of the tower that the run began with.
+        owners: (C,) int64, the image of each caption in the batch that was split.
+        meeting: whether images of one group may meet in the batch, here or on another rank.
+        tokens: C captions for an LLM that is part of the model; None: they come as embeddings.
+        clip_tokens: C captions for CLIP's own text tower.
+    """
+
+    keys: list[str]
+    groups: Tensor
+    counts: list[int]
+    texts: list[str]
+    embeddings: Tensor | None = None
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    teacher_tower: Tensor | None = None
+    owners: Tensor | None = None
+    meeting: bool = True
+    tokens: list[Tokens] | None = None
+    clip_tokens: ClipTokens | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, rows: slice) -> ImageTexts:
+        """Consecutive images with their captions."""
+        start, stop, _ = rows.indices(len(self))
+        edges = [0, *accumulate(self.counts)]
+        captions = slice(edges[start], edges[max(start, stop)])
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            groups=self.groups[start:stop],
+            counts=self.counts[start:stop],
+            texts=self.texts[captions],
+            embeddings=_rows(self.embeddings, captions),
+            pixels=_rows(self.pixels, slice(start, stop)),
+            features=_rows(self.features, slice(start, stop)),
+            teacher_image=_rows(self.teacher_image, slice(start, stop)),
+            teacher_text=_rows(self.teacher_text, captions),
+            teacher_tower=_rows(self.teacher_tower, slice(start, stop)),
+            owners=_rows(self.owners, captions),
+        )
+
+    def whole(self) -> ImageTexts:
+        """Itself: a batch in one piece."""
+        return self
+
+    def one_per_group(self) -> ImageTexts:
+        """Without images of what an earlier one shows already."""
+        if not has_repeats(self.groups):
+            return self
+        _, first = np.unique(self.groups.numpy(), return_index=True)
+        return join([self[int(i) : int(i) + 1] for i in sorted(first)])
+
+    def split(self, size: int) -> list[ImageTexts]:
+        """Parts of at most `size` images; 0: all in one. Each knows the owners of its captions in the whole."""
+        step, counts = size or len(self), torch.tensor(self.counts)
+        owners = torch.repeat_interleave(counts, output_size=len(self.texts)).to(self.groups.device)
+        whole = replace(self, owners=owners)
+        return [whole[start : start + step] for start in range(0, len(self), step)]
+
+    def to(self, device: torch.device) -> ImageTexts:
+        """The same on `device`; from pinned memory without waiting for the copies."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ImageTexts:
+        """The same in page-locked memory."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> ImageTexts:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            n: function(value) for n, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A batch as the loader's pieces: each goes to the device by itself, and they are joined there."""
+
+    parts: Sequence[ImageTexts]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, rows: slice) -> ImageTexts:
+        return self.whole()[rows]
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample keys."""
+        return [key for part in self.parts for key in part.keys]
+
+    @property
+    def groups(self) -> Tensor:
+        """(B,) int64, what the images show."""
+        return torch.cat([part.groups for part in self.parts])
+
+    def whole(self) -> ImageTexts:
+        """The pieces as one, where they are."""
+        return join(self.parts)
+
+    def to(self, device: torch.device) -> ImageTexts:
+        """The pieces as one on `device`; from pinned memory without waiting for the copies."""
+        return join([part.to(device) for part in self.parts])
+
+
+def batch_of(parts: Sequence[ImageTexts]) -> ImageTexts | Pieces:
+    """One batch of a loader's pieces."""
+    return parts[0] if len(parts) == 1 else Pieces(parts)
+
+
+def has_repeats(groups: Tensor) -> bool:
+    """Whether a group (B,) on the CPU appears twice."""
+    return len(np.unique(groups.numpy())) < len(groups)
+
+
+def join(parts: Sequence[ImageTexts]) -> ImageTexts:
+    """One batch of several, in order; all have the same tensors."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {}
+    for field in fields(ImageTexts):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            joined[field.name] = torch.cat(values)
+        elif isinstance(values[0], list):
+            joined[field.name] = [item for value in values for item in value]
+    return ImageTexts(**joined)
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

@@ -1,0 +1,40 @@
+"""Requests to stop that come as signals: the step is finished, and only a second SIGTERM ends at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# SIGUSR1 is what schedulers send ahead of a time limit (`sbatch --signal=USR1@120`): the job ends as a success
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], int]]:
+    """A function that gives the largest number of the handled signals that came, else 0.
+
+    The second signal of a kind has its usual effect: it ends the process.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        previous = {number: signal.signal(number, remember) for number in HANDLED}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield lambda: 0
+        return
+    try:
+        yield lambda: max(received, default=0)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def exit_status(number: int) -> int:
+    """What a process that was asked to stop by this signal exits with: 0 after SIGUSR1, else 128 + number."""
+    return 0 if number == signal.SIGUSR1 else 128 + number
