@@ -1,9 +1,7 @@
 #include "instruction_set.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <atomic>
+#include <stdexcept>
 
 namespace llm2clip {
 namespace {
@@ -22,23 +20,19 @@ std::atomic<InstructionSet>& chosen() {
   return set;
 }
 
-// for tests and measurements; "auto" is the best one
+}  // namespace
+
+InstructionSet instruction_set() {
+  return chosen().load(std::memory_order_relaxed);
+}
+
 void use_instruction_set(std::string name) {
   if (name == "auto") return chosen().store(best());
   for (InstructionSet set : kBestFirst) {
     if (name == name_of(set) && is_supported(set)) return chosen().store(set);
   }
-  STD_TORCH_CHECK(false, "no instruction set '", name, "' on this processor; expected auto, portable, avx2 or avx512");
-}
-
-std::string cpu_capability() {
-  return name_of(instruction_set());
-}
-
-}  // namespace
-
-InstructionSet instruction_set() {
-  return chosen().load(std::memory_order_relaxed);
+  throw std::runtime_error("no instruction set '" + name +
+                           "' on this processor; expected auto, portable, avx2 or avx512");
 }
 
 const char* name_of(InstructionSet set) {
@@ -56,7 +50,7 @@ const char* name_of(InstructionSet set) {
 bool is_supported(InstructionSet set) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   switch (set) {
     case InstructionSet::kAvx512:
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -71,8 +65,3 @@ bool is_supported(InstructionSet set) {
 }
 
 }  // namespace llm2clip
-
-STABLE_TORCH_LIBRARY_IMPL(llm2clip_native, CompositeExplicitAutograd, m) {
-  m.impl("use_instruction_set", TORCH_BOX(&llm2clip::use_instruction_set));
-  m.impl("cpu_capability", TORCH_BOX(&llm2clip::cpu_capability));
-}

@@ -1,6 +1,6 @@
 // Which vector instructions the kernels of this process use.
 //
-// The sources of simd/ are compiled once for each instruction set (CMakeLists.txt); each gives its kernels as a table of
+// The sources of simd/ and host/simd/ are compiled once for each instruction set (CMakeLists.txt); each gives its kernels as a table of
 // functions, a struct with one static member for each instruction set.
 
 #pragma once
@@ -13,6 +13,9 @@ enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
 // The best one that this processor and its system allow, or the one that use_instruction_set() named.
 InstructionSet instruction_set();
+
+// "auto" is the best one; std::runtime_error where the processor does not run the one named
+void use_instruction_set(std::string name);
 
 // "avx512", "avx2" or "portable" (SSE2 or NEON: what every processor of this architecture has)
 const char* name_of(InstructionSet set);

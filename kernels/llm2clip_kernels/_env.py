@@ -5,7 +5,7 @@
 | `LLM2CLIP_DISABLE_NATIVE` | `1` | do not load the native library; Triton and plain torch serve |
 | `LLM2CLIP_REQUIRE_NATIVE` | `1` | a native library that is missing or does not load is an error |
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
-| `LLM2CLIP_CPU_ISA` | `auto`, `portable`, `avx2`, `avx512` | vector instructions of the native CPU kernels; `auto`: the best |
+| `LLM2CLIP_CPU_ISA` | `auto`, `portable`, `avx2`, `avx512` | vector instructions of the CPU kernels; `auto`: the best |
 | `LLM2CLIP_CPU_GEMM` | `auto`, `torch`, `avx2`, `avx512` | what multiplies the tiles on a CPU; `auto`: ours on AMD |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
 | `LLM2CLIP_SMALL_PAIRS` | integer, default 44100 | up to so many pairs, plain torch: launching a kernel costs more |

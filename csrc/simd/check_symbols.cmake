@@ -1,4 +1,4 @@
-# Fails where an object of csrc/simd/ gives the linker anything but its tables of kernels.
+# Fails where an object of csrc/simd/ or csrc/host/simd/ gives the linker anything but its tables of kernels.
 #
 # cmake -DNM=<nm> -DOBJECTS=<list> -P check_symbols.cmake
 #
@@ -11,7 +11,7 @@ foreach(object IN LISTS OBJECTS)
   string(REPLACE "\n" ";" symbols "${symbols}")
   foreach(symbol IN LISTS symbols)
     if(NOT symbol MATCHES "^llm2clip::[A-Za-z]+Kernels::(portable|avx2|avx512) [DR] ")
-      message(FATAL_ERROR "llm2clip: ${object} exports '${symbol}'; sources of csrc/simd/ must keep everything but their "
+      message(FATAL_ERROR "llm2clip: ${object} exports '${symbol}'; sources of simd/ must keep everything but their "
                           "tables of kernels in unnamed namespaces, and call no inline function of a library")
     endif()
   endforeach()
