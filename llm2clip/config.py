@@ -24,7 +24,15 @@ from llm2clip.errors import ConfigError
 S = TypeVar("S")
 _SHOWN = 200  # characters of a text in an error
 # PyYAML lets through what Python raises on impossible dates, numbers and depths
-_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
+_NOT_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def load_settings(cls: type[S], path: str | Path | None = None, overrides: Sequence[str] = ()) -> S:

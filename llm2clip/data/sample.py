@@ -72,7 +72,12 @@ def sample_from_record(key: str, record: Mapping[str, Any], image: bytes | None)
 
 
 def _sort_entry(
-    key: str, name: str, value: Any, captions: dict[str, tuple[str, ...]], meta: dict[str, Any], depth: int = 0
+    key: str,
+    name: str,
+    value: Any,
+    captions: dict[str, tuple[str, ...]],
+    meta: dict[str, Any],
+    depth: int = 0,
 ) -> None:
     if isinstance(value, str):
         texts: tuple[str, ...] = (value,)

@@ -139,7 +139,9 @@ def check_shard(
     edges = np.flatnonzero(np.diff(blocks) > 1) + 1
     ranges = [(int(part[0]), int(part[-1]) + 1) for part in np.split(blocks, edges)]
     rows = tuple((start * BLOCK_ROWS, min(stop * BLOCK_ROWS, entry.rows)) for start, stop in ranges)
-    return Damage("its content does not match its checksum" if not same else "it holds NaN or infinite values", rows)
+    return Damage(
+        "its content does not match its checksum" if not same else "it holds NaN or infinite values", rows
+    )
 
 
 def _check_lookup(root: Path, entry: LookupEntry, checksum: bool) -> Damage | None:

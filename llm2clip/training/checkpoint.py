@@ -137,7 +137,9 @@ def latest(directory: Path) -> Path | None:
     try:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise CheckpointError(f"{pointer} cannot be read ({problem}); write the name of a checkpoint into it") from None
+        raise CheckpointError(
+            f"{pointer} cannot be read ({problem}); write the name of a checkpoint into it"
+        ) from None
     if not _NAME.fullmatch(name):
         raise CheckpointError(
             f"{pointer} holds {name[:80]!r}, expected the name of a checkpoint beside it, as step_00000200"
@@ -197,8 +199,12 @@ def _read_meta(file: Path) -> tuple[Progress, dict[str, str], dict[str, Any]]:
     meta: dict[str, Any] = read_json(file, CheckpointError)
     try:
         progress = Progress(**meta["progress"])
-        seconds, *counts = (getattr(progress, name) for name in ("seconds", "step", "epoch", "batch", "samples"))
-        if not isinstance(seconds, (int, float)) or any(type(count) is not int or count < 0 for count in counts):
+        seconds, *counts = (
+            getattr(progress, name) for name in ("seconds", "step", "epoch", "batch", "samples")
+        )
+        if not isinstance(seconds, (int, float)) or any(
+            type(count) is not int or count < 0 for count in counts
+        ):
             raise ValueError(f"progress {meta['progress']}")
         sha256 = meta["sha256"]
         checksums = {TENSORS: sha256[TENSORS], OPTIMIZER: sha256[OPTIMIZER], **sha256}
