@@ -80,7 +80,9 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 def text_bomb(mib: int) -> bytes:
     """A PNG with a compressed comment that takes `mib` MiB."""
-    return png(8, 8, (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(mib << 20), 9)))
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(mib)) + packer.flush()
+    return png(8, 8, (b"zTXt", b"Comment\0\0" + packed))
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

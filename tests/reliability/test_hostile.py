@@ -44,7 +44,7 @@ def harmless(place: Path, act: Callable[[], Any]) -> tuple[Any, str]:
         except UserError as error:
             message = str(error)
     assert seen.forbidden == [], seen.forbidden
-    assert seen.grown_mib < 400, f"{seen.grown_mib} MiB"
+    assert seen.grown_mib < 200, f"{seen.grown_mib} MiB"
     assert not list(place.parent.rglob("harmed"))
     return result, message
 
@@ -96,7 +96,7 @@ def test_tar_members(name: str, tmp_path: Path) -> None:
 
 
 def test_a_tar_of_very_many_members(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(make.with_good_sample(*make.many_members(50_000)))
+    (tmp_path / "a.tar").write_bytes(make.with_good_sample(*make.many_members(20_000)))
     source, _ = harmless(tmp_path, lambda: open_source(str(tmp_path / "a.tar")))
     assert len(source) == 1
 
@@ -115,7 +115,7 @@ IMAGES = {
     "3.6 billion pixels": (make.png(60_000, 60_000), "too large"),
     "144 million pixels": (make.png(12_000, 12_000), "more than the"),
     "2**31 wide": (make.png(2**31 - 1, 1), "pixels|too large|cannot be decoded"),
-    "comment of 1 GiB": (make.text_bomb(1024), "cannot be decoded"),
+    "comment of 256 MiB": (make.text_bomb(256), "cannot be decoded"),
     "SVG": (
         b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "is not JPEG",
@@ -177,7 +177,7 @@ YAML = {
     "a billion laughs": LAUGHS + "run: *i\n",
     "a billion laughs as a name": LAUGHS + "? *i\n: 3\n",
     "a billion laughs as a number": "optim: {lr: &z [x, x]}\n" + LAUGHS,
-    "depth": "run: " + "[" * 5000,
+    "depth": "run: " + "[" * 2000,
     "impossible date": "run: {out: 2020-99-99}\n",
     "impossible number": "run: {steps: " + "9" * 5000 + "}\n",
     "number beyond floats": "optim: {lr: " + "9" * 400 + "}\n",
