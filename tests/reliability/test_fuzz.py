@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from llm2clip.errors import CheckpointError, ConfigError, ModelError, StoreError
 from llm2clip.training import checkpoint
 from tests.reliability import artefacts
 from tests.reliability.damage import edit_json
-from tests.reliability.fuzz import fuzz
+from tests.reliability.fuzz import Watch
 from tests.reliability.mutate import mutants
-from tests.reliability.readers import READERS
+from tests.reliability.readers import READERS, Reader
 
-RUNS = {"gguf": 12, "checkpoint": 120, "config": 150}
+RUNS = {"gguf": 8, "weights": 120, "checkpoint": 120, "config": 150}
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_end_in_our_errors(name: str, tmp_path: Path) -> None:
     reader = READERS[name]
     seeds, accepted = reader.seeds(), 0
-    for number, data in enumerate([*seeds, *(d for d, _ in zip(mutants(seeds, random.Random(1)), range(RUNS.get(name, 250)), strict=False))]):  # fmt: skip
+    damaged = islice(mutants(seeds, random.Random(1)), RUNS.get(name, 250))
+    for number, data in enumerate([*seeds, *damaged]):
         place = tmp_path / str(number)
         place.mkdir()
         with contextlib.suppress(UserError):
@@ -112,6 +114,20 @@ def test_json_nested_too_deep(tmp_path: Path) -> None:
         read_json(tmp_path, ConfigError)
 
 
-def test_the_fuzzer_runs_and_reports(tmp_path: Path) -> None:
-    total = fuzz("csv", tmp_path / "csv", 1.0, say=lambda line: None)
-    assert total["runs"] > 10 and total["crashes"] == {} and total["killed"] == []
+def test_the_fuzzer_keeps_each_kind_of_crash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(data: bytes, place: Path) -> None:
+        assert list(place.iterdir()) == []
+        if data == b"ours":
+            raise ConfigError("expected")
+        if data.startswith(b"bad"):
+            raise ZeroDivisionError(data)
+
+    monkeypatch.setitem(READERS, "csv", Reader(read, lambda: [b"good"]))
+    watch = Watch("csv", tmp_path, seconds=1e6)
+    for data in (b"good", b"ours", b"bad 1", b"bad 2"):
+        watch(data)
+    watch.save()
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["runs"] == 4 and len(state["crashes"]) == 1
+    assert (tmp_path / "crash-1").read_bytes() == b"bad 1"
+    assert "ZeroDivisionError" in (tmp_path / "crash-1.txt").read_text()
