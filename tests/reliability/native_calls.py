@@ -16,6 +16,7 @@ import llm2clip_kernels as kernels
 from llm2clip.data.shards import index_tar
 from llm2clip.data.store import EmbeddingStore, StoreWriter
 from llm2clip.packing import pack
+from llm2clip_kernels import native as native_library
 from llm2clip_kernels.adapter.head import layer_norm_linear
 from llm2clip_kernels.dropout import new_seed
 from tests.data_files import write_shards
@@ -42,6 +43,8 @@ def op_calls() -> dict[str, Call]:
         return kernels.lora_linear(a, w, None, la, ma, 0.5, dropout_p=0.5, seed=seed).square().sum()
 
     calls["lora dropout"] = _once(dropped, x, w1, torch.randn(4, 12), torch.randn(24, 4))
+    if reason := native_library.load():
+        raise RuntimeError(f"the native library is {reason}")
     native = torch.ops.llm2clip_native
     rows = torch.arange(40)
     calls["pairs"] = lambda: [native.pair_scores(x, x, rows, rows.flip(0))]
