@@ -27,7 +27,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # OpenMP threads that spin at a barrier stall each other as soon as another process needs a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-gpu test-hosts lint fmt docs bench gpu-proof wheel clean
+.PHONY: help install demo test test-sanitize test-gpu test-hosts lint fmt docs bench gpu-proof wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -74,6 +74,9 @@ $(VENV_HOSTS)/.hosts: $(NATIVE)
 
 test-hosts: $(VENV_HOSTS)/.hosts ## the losses inside other people's trainers, in an environment of its own
 	@OMP_NUM_THREADS=1 PYTHONPATH="$(HOST_PATHS)" $(VENV_HOSTS)/bin/python -m pytest -m "not gpu" $(HOST_TESTS)
+
+test-sanitize: install ## the native code under AddressSanitizer and UndefinedBehaviorSanitizer (slow)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.sanitize --all
 
 test-gpu: install ## the tests that need a CUDA GPU
 	@$(BIN)/python -m pytest -m gpu

@@ -172,13 +172,12 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif kind is float:
+    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML reads 1e-4 (without a dot) as text
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, OverflowError):
-                pass
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
     raise ConfigError(f"{name}{where}: expected {expected}, got {_shown(value)}")
 
 

@@ -8,9 +8,13 @@ import random
 # tests use small shapes and mean the kernels; processes they start inherit this
 os.environ.setdefault("LLM2CLIP_SMALL_PAIRS", "0")
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# pytest --hypothesis-profile=long
+hypothesis.settings.register_profile("long", max_examples=5000, deadline=None)
 
 
 @pytest.fixture(autouse=True)

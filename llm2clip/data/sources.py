@@ -7,7 +7,8 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ from llm2clip.errors import BadSampleError, DataError
 MAX_MEMBER_BYTES = 256 << 20
 CAPTION_FILES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
+_MAX_NAMES, _MAX_BRACES = 1_000_000, 64
+_BRACE, _NUMBERS = re.compile(r"\{([^{}]*)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?:[-_.]|$)")
 _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val"}
 
@@ -178,24 +181,56 @@ def expand_path(path: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.{x,y}` -> `a-08.x`, `a-08.y`, `a-09.x`, ...; widths with leading zeros are kept."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
+    """`a-{08..10}.{x,y}` -> `a-08.x`, `a-08.y`, `a-09.x`, ...; widths with leading zeros are kept.
+
+    Raises:
+        DataError: there are more than a million names, or than 64 braces.
+    """
+    # a few characters may stand for any number of names: counted before, exactly where no brace is inside another
+    least = 1 if pattern.count("{") <= _MAX_BRACES else _MAX_NAMES + 1
+    for inner in _BRACE.findall(pattern):
+        least *= len(span) if (span := _span(inner)) else inner.count(",") + 1
+    names = list(islice(_expanded(pattern), _MAX_NAMES + 1)) if least <= _MAX_NAMES else []
+    if not 0 < len(names) <= _MAX_NAMES:
+        raise DataError(
+            f"{pattern[:200]} names more files than the {_MAX_NAMES} allowed, or has more than {_MAX_BRACES} braces; "
+            "give a directory or a glob"
+        )
+    return names
+
+
+def _span(inner: str) -> range:
+    """The numbers of `000..012`, in either direction; none of anything else."""
+    found = _NUMBERS.fullmatch(inner)
+    if found is None:
+        return range(0)
+    first, last = int(found[1]), int(found[2])
+    step = 1 if last >= first else -1
+    return range(first, last + step, step)
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = _BRACE.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     inner = match[1]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
-    if span is not None:
-        first, last = int(span[1]), int(span[2])
-        width = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
-        step = 1 if last >= first else -1
-        parts = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    span = _span(inner)
+    parts: Iterable[str]
+    if span:
+        first, _, last = inner.partition("..")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        parts = (f"{number:0{width}d}" for number in span)
     elif "," in inner:
         parts = inner.split(",")
     else:
         # a brace that is neither a range nor a list stands for itself
-        return [pattern[: match.end()] + rest for rest in expand_braces(pattern[match.end() :])]
+        for rest in _expanded(pattern[match.end() :]):
+            yield pattern[: match.end()] + rest
+        return
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [whole for part in parts for whole in expand_braces(head + part + tail)]
+    for part in parts:
+        yield from _expanded(head + part + tail)
 
 
 def _nearest(path: str) -> str:

@@ -81,12 +81,12 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} holds a {config.peft_type} adapter; only LoRA adapters are supported")
     ranks = [tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name and tensor.ndim > 1]
-    said = [config.r, *(config.rank_pattern or {}).values()]
-    if not all(isinstance(rank, int) and 0 < rank <= max(ranks, default=0) for rank in said):
-        raise ModelError(
-            f"{folder / 'adapter_config.json'} says rank {max(said, key=str)}, the adapter's weights have "
-            f"{max(ranks, default='none')}; it is damaged or belongs to another adapter"
-        )
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if not isinstance(rank, int) or not 0 < rank <= max(ranks, default=0):
+            raise ModelError(
+                f"{folder / 'adapter_config.json'} says rank {rank!r}, the adapter's weights have "
+                f"{max(ranks, default='none')}; it is damaged or belongs to another adapter"
+            )
     config.inference_mode = True
     # peft would import the module that the file names
     config.megatron_config = None

@@ -57,8 +57,10 @@ def load_llm(
     quantized = quantized_loading(quantization, dtype, device, gguf_file)
     try:
         config = llm_config(folder) if gguf_file is None else AutoConfig.from_pretrained(folder, **source)
-        files = [folder / gguf_file] if gguf_file else weight_files(folder)
-        require_plausible(config, files, os.fspath(where))
+        if gguf_file is None:
+            require_plausible(config, weight_files(folder), os.fspath(where))
+        else:
+            require_plausible(config, [folder / gguf_file], os.fspath(where), _gguf_tensors(folder / gguf_file))
         source["config"] = config
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         model, report = AutoModel.from_pretrained(
@@ -161,6 +163,12 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f" It holds {found[0]}: set llm.gguf_file to that." if found else ""
         raise ModelError(f"{folder} has no config.json, so it is not a transformers model directory.{hint}")
+
+
+def _gguf_tensors(file: Path) -> int:
+    """How many tensors a GGUF file has, from its header; a layer has at least one."""
+    with open(file, "rb") as handle:
+        return int.from_bytes(handle.read(16)[8:], "little")
 
 
 def _require(*packages: str) -> None:

@@ -21,6 +21,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # where trainers put the weights among other things
 _INSIDE = ("state_dict", "model", "module")
 _WRAPPERS = ("module.", "_orig_mod.")
+_MOST_LAYERS = 1024
 _RANDOM_INITS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_)
 
 
@@ -128,10 +129,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
 
 
-def require_plausible(config: Any, files: Sequence[Path], where: str) -> None:
+def require_plausible(config: Any, files: Sequence[Path], where: str, layers: int = _MOST_LAYERS) -> None:
     """Refuse a configuration of a larger model than the files can hold, before anything is built from it.
 
     A layer has at least one vector of the model's width, the vocabulary one row a token, a weight at least one bit.
+
+    Args:
+        config: of transformers.
+        files: the weights.
+        where: they are, for the error.
+        layers: no model has more.
 
     Raises:
         ModelError: the sizes contradict each other.
@@ -141,10 +148,12 @@ def require_plausible(config: Any, files: Sequence[Path], where: str) -> None:
     width = getattr(text, "hidden_size", 1)
     for name in ("num_hidden_layers", "vocab_size"):
         count = getattr(text, name, 0)
-        if size and isinstance(count, int) and isinstance(width, int) and count * max(width, 1) > 8 * size:
+        if not size or not isinstance(count, int) or not isinstance(width, int):
+            continue
+        if count * max(width, 1) > 8 * size or (name == "num_hidden_layers" and count > layers):
             raise ModelError(
-                f"{where} says that its model has {name}={count} and a width of {width}, more than its {size} bytes of "
-                "weights can hold; the configuration is damaged or belongs to another model"
+                f"{where} says that its model has {name}={count} and a width of {width}, more than there is in its "
+                f"{size} bytes of weights; the configuration is damaged or belongs to another model"
             )
 
 

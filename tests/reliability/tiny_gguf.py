@@ -10,14 +10,14 @@ WIDTH, HIDDEN, HEADS = 8, 12, 2
 TOKENS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
 
 
-def write_tiny_gguf(path: Path) -> Path:
-    """Write the file; needs the package `gguf`."""
+def write_tiny_gguf(path: Path, layers: int = 1) -> Path:
+    """Write the file, which says that it has so many layers and has one; needs the package `gguf`."""
     from gguf import GGUFWriter
 
     out = GGUFWriter(str(path), "llama")
     out.add_context_length(64)
     out.add_embedding_length(WIDTH)
-    out.add_block_count(1)
+    out.add_block_count(layers)
     out.add_feed_forward_length(HIDDEN)
     out.add_head_count(HEADS)
     out.add_head_count_kv(HEADS)
