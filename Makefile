@@ -57,7 +57,7 @@ demo: install ## train both stages on real data (DATA=cataclysm or a directory o
 	@$(BIN)/python -m llm2clip demo --data "$(DATA)" --out "$(OUT)"
 
 test: install lint ## lint, format, types, tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
 $(VENV_HOSTS)/.hosts: $(NATIVE)
 	@$(MAKE) --no-print-directory VENV="$(VENV_HOSTS)" "$(VENV_HOSTS)/.torch"
