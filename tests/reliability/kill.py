@@ -192,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, tally in tallies.items():
         for failure in tally.failures:
             print(f"{name}: {failure}")
-    return 0 if result["survived"] == result["kills"] else 1
+    failed = any(tally.failures for tally in tallies.values())
+    return 1 if failed or result["survived"] != result["kills"] else 0
 
 
 if __name__ == "__main__":
