@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip.data.image_folder import ImageFolder
+from llm2clip.data.store import EmbeddingStore, StoreWriter
 from llm2clip.data.store_lookup import digest_array
 from llm2clip.errors import BadSampleError, ConfigError, DataError, ModelError, StoreError
 from llm2clip.search.approximate import build_approximate
@@ -118,6 +119,24 @@ def test_a_stopped_build_goes_on(tmp_path: Path) -> None:
         vars(index.search(queries, 9)).values(), vars(whole.search(queries, 9)).values(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_an_index_killed_after_its_last_commit_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: StoreWriter) -> None:
+        self.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StoreWriter, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, names(20), Features(20))
+    monkeypatch.undo()
+    assert not EmbeddingStore.open(tmp_path).complete
+    again = Features(20)
+    build(tmp_path, names(20), again)
+    assert again.computed == [] and EmbeddingStore.open(tmp_path).complete
+    assert not list(tmp_path.glob("part-*"))
 
 
 def test_damage_is_found_and_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,7 @@ def build_index(
     with StoreWriter(path, dim=dim, dtype=dtype, fingerprint=fingerprint, commit_rows=commit_rows) as writer:
         known = EmbeddingStore.open(path)
         missing = _first_of_each(addresses, np.flatnonzero(known.find_digests(addresses) < 0))
+        finished = known.complete
         del known
         if len(missing):
             done = len(addresses) - len(missing)
@@ -159,6 +160,7 @@ def build_index(
                 for numbers, features in compute(missing.tolist()):
                     writer.add_digests(addresses[list(numbers)], _unit(features.float()))
                     shown.update(len(numbers))
+        if len(missing) or not finished:  # what was killed after its last commit is still to be merged
             writer.finish()
     store = EmbeddingStore.open(path)
     return FeatureIndex(store, store.find_digests(addresses), resident_bytes=resident_bytes)

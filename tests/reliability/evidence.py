@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.training_kit import TIMES
 # what no two runs share: times, and how much of the work an attempt found done
 _VOLATILE = {*TIMES, "seconds", "captions_per_second", "embedded", "truncated"}
 _TIME = re.compile(r"\b(\d+:)?\d+:\d\d\b|\b\d+(\.\d+)? (s|min|h)\b")
+_ROWS = ("embeddings", "scales")
 _LEFT_OVER = re.compile(r"\.partial\.\d+|\.old$")
 
 
@@ -50,9 +50,6 @@ def stores(root: Path) -> dict[str, str]:
             len(EmbeddingStore.open(store)) == len([key for key in found if key.startswith(f"{name}: ")]) - 1
         )
     return found
-
-
-_ROWS = ("embeddings", "scales")
 
 
 def left_over(root: Path) -> list[str]:
@@ -128,8 +125,3 @@ def check_export(out: Path) -> None:
         names = {file.name for file in out.iterdir()}
         assert {"config.json", "model.safetensors", "README.md"} <= names, names
         check_json(out)
-
-
-def digest(facts: dict[str, str]) -> str:
-    """One short name of many facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

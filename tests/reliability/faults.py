@@ -6,7 +6,9 @@ native code writes by itself (safetensors) is not announced; a small file system
 
 from __future__ import annotations
 
+import builtins
 import errno
+import io
 import os
 import signal
 import sys
@@ -49,6 +51,29 @@ def at_each_change(root: Path, act: Act) -> None:
         sync(descriptor)
 
     os.fsync = fsync
+    _watch_writes(act, place, owner)
+
+
+def _watch_writes(act: Act, place: str, owner: int) -> None:
+    """Call `act` in the middle of the first write to each file that Python opens, half of it on disk."""
+    plain = io.open
+
+    def watched(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        handle = plain(file, mode, *args, **kwargs)
+        if os.getpid() == owner and isinstance(file, (str, os.PathLike)) and set(mode) & set("wax+"):
+            write = handle.write
+
+            def halved(data: Any) -> int:
+                handle.write = write
+                done = int(write(data[: len(data) // 2]))
+                handle.flush()
+                _act(act, "write", os.path.abspath(file), place)
+                return done + int(write(data[len(data) // 2 :]))
+
+            handle.write = halved
+        return handle
+
+    io.open = builtins.open = watched
 
 
 def _act(act: Act, event: str, path: str, place: str) -> None:

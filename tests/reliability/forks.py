@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,19 +156,17 @@ def run(work: Callable[[], int], log: Path, prepare: Prepare | None = None) -> C
     return child
 
 
-def preload(works: Sequence[Callable[[], int]], log: Path) -> None:
-    """Run every work once in a child, and import here what they import: later children find it in memory.
+def run_first(work: Callable[[], int], log: Path) -> Child:
+    """`run`, and import here what the work has imported: later children find it in memory.
 
-    The works themselves never run in this process, which must not have threads when it forks.
+    The work itself never runs in this process, which must not have threads when it forks.
     """
     names = log.with_suffix(".modules")
 
     def once() -> int:
-        for work in works:
-            if code := work():
-                return code
+        code = work()
         names.write_text(json.dumps([name for name in sys.modules if name != "__main__"]))
-        return 0
+        return code
 
     child = run(once, log)
     assert child.code == 0, child.shown()
@@ -177,3 +175,4 @@ def preload(works: Sequence[Callable[[], int]], log: Path) -> None:
             # some modules exist only under the condition that the command has met
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    return child

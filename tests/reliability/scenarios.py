@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llm2clip.config import dump_yaml
 from tests.reliability import evidence
-from tests.reliability.forks import preload, run
+from tests.reliability.forks import run_first
 from tests.search_kit import build_search_kit
 from tests.test_data_builders import package
 from tests.training_kit import Kit, make_kit, write_set
@@ -71,7 +71,7 @@ NAMES = (
 
 
 def build(root: Path) -> dict[str, Scenario]:
-    """Write models and data below `root`, and load all modules that the commands need into this process."""
+    """Write models and data below `root`."""
     temporary(root / "out" / "any").mkdir(parents=True)
 
     def fixtures() -> int:
@@ -81,11 +81,9 @@ def build(root: Path) -> dict[str, Scenario]:
         package(root / "package.deb")
         return 0
 
-    built = run(fixtures, root / "build.log")
-    assert built.code == 0, built.shown()
+    run_first(fixtures, root / "build.log")
     found = {scenario.name: scenario for scenario in _scenarios(root)}
     assert tuple(found) == NAMES
-    preload([scenario.work for scenario in found.values()], root / "preload.log")
     return found
 
 

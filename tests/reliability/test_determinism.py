@@ -52,8 +52,3 @@ def test_a_hundred_steps_are_the_same(
     assert [line["step"] for line in curve(tmp_path / "resumed")][-1] == 53
     train("resumed", workers=0)
     assert_same_run(tmp_path / "once", tmp_path / "resumed")
-    # and another seed is another run
-    other = stage(kit, tmp_path / "other", steps=2, seed=1)
-    (tmp_path / "other.yaml").write_text(dump_yaml(other))
-    child = run(lambda: main([command, "--config", str(tmp_path / "other.yaml")]), tmp_path / "other.log")
-    assert child.code == 0 and curve(tmp_path / "other")[0]["loss"] != losses[0]

@@ -44,7 +44,7 @@ def small_disk(scenarios: Scenarios) -> Iterator[str]:
         (place / "tmp").mkdir()
 
 
-@pytest.mark.parametrize("name", ["finetune-llm", "embed", "export"])
+@pytest.mark.parametrize("name", ["finetune-llm", "export"])
 def test_a_small_file_system(scenarios: Scenarios, log: Path, small_disk: str, name: str) -> None:
     """What native code writes fails too: there is room for a part of what the command needs."""
     scenario = scenarios[name]

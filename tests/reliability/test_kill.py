@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.kill import campaign
 from tests.reliability.scenarios import NAMES, Scenario
 
 
+@pytest.mark.slow
 def test_twenty_kills(scenarios: dict[str, Scenario], tmp_path: Path) -> None:
     tallies = campaign(scenarios, tmp_path, kills=len(NAMES), changes=20 - len(NAMES))
     assert [failure for tally in tallies.values() for failure in tally.failures] == []

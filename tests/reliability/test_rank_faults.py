@@ -37,7 +37,7 @@ Fault = Callable[[], None]
 @pytest.fixture
 def settings(scenarios: dict[str, Scenario], tmp_path: Path) -> TrainSettings:
     kit = Kit(scenarios["train"].out.parents[1] / "kit")
-    return kit.clip_stage(tmp_path / "run", dropout=0.0, batch_size=9, steps=5, save_every=1, timeout=8.0)
+    return kit.clip_stage(tmp_path / "run", dropout=0.0, batch_size=9, steps=5, save_every=1, timeout=12.0)
 
 
 def launch(settings: TrainSettings, folder: Path, fault: Fault | None = None) -> list[Child]:
