@@ -13,13 +13,22 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.config import load_settings
-from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
+from llm2clip.settings import (
+    EmbedSettings,
+    EvaluateSettings,
+    FinetuneLLMSettings,
+    PlanSettings,
+    SearchSettings,
+    TrainSettings,
+)
 
 CONFIGURED = {
     "finetune-llm": FinetuneLLMSettings,
     "embed": EmbedSettings,
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
+    "search": SearchSettings,
+    "plan": PlanSettings,
 }
 COMMANDS = [
     [],
