@@ -13,26 +13,17 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.config import load_settings
-from llm2clip.settings import (
-    EmbedSettings,
-    EvaluateSettings,
-    FinetuneLLMSettings,
-    PlanSettings,
-    SearchSettings,
-    TrainSettings,
-)
+from llm2clip.settings import EmbedSettings, EvaluateSettings, FinetuneLLMSettings, TrainSettings
 
 CONFIGURED = {
     "finetune-llm": FinetuneLLMSettings,
     "embed": EmbedSettings,
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
-    "search": SearchSettings,
-    "plan": PlanSettings,
 }
 COMMANDS = [
     [],
-    *([name] for name in (*CONFIGURED, "demo", "data", "store", "env")),
+    *([name] for name in (*CONFIGURED, "export", "search", "plan", "demo", "data", "store", "env")),
     *(["data", name] for name in ("cataclysm", "openstax", "check")),
     *(["store", name] for name in ("info", "verify", "repair", "convert")),
 ]
