@@ -30,6 +30,7 @@ from llm2clip.settings import TrainSettings
 from llm2clip.training.clip_batch import ImageTexts
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.loop import train
+from llm2clip.training.metrics import read_metrics
 from llm2clip.training.state import TrainState
 
 LOSS_LIMIT = {"fp32": 1e-3, "bf16": 5e-2}
@@ -52,7 +53,7 @@ def memory_setup(name: str, settings: TrainSettings, size: int) -> Callable[[], 
 
 
 def overhead(settings: TrainSettings, folder: Path, rounds: int) -> dict[str, float]:
-    """Shares of the time of the real loop, with its data: waiting for data, and everything but computing."""
+    """The real loop, with its data: time of a step, share of it that is not computing, and what its log says."""
     computed = 0.0
     marks: list[float] = []
     backward, update = TrainState.backward, TrainState.update
@@ -74,12 +75,15 @@ def overhead(settings: TrainSettings, folder: Path, rounds: int) -> dict[str, fl
 
     TrainState.backward, TrainState.update = timed(backward, False), timed(update, True)  # type: ignore[method-assign]
     try:
-        run = replace(settings.run, out=str(folder), steps=rounds + 1, log_every=10)
+        run = replace(settings.run, out=str(folder), steps=rounds + 1, log_every=min(10, rounds))
         train(ClipTask(replace(settings, run=run), world()), run, settings.optim, world())
     finally:
         TrainState.backward, TrainState.update = backward, update  # type: ignore[method-assign]
     whole = marks[-1] - marks[0]
-    return {"step_ms": 1e3 * whole / rounds, "outside_percent": 100 * (1 - computed / whole)}
+    logged = read_metrics(folder / "metrics.jsonl")[-1]
+    shown = ("data_wait", "tflops", "mfu", "peak_memory_mib")
+    log = {key: float(logged[key]) for key in shown if key in logged}
+    return {"step_ms": 1e3 * whole / rounds, "outside_percent": 100 * (1 - computed / whole), **log}
 
 
 def compare(options: argparse.Namespace, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -147,8 +151,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--overhead", type=int, default=0, help="steps of the real loop whose overhead is measured"
     )
+    parser.add_argument(
+        "--loop-only", action="store_true", help="--overhead alone, for batches too large to compare"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args(arguments)
+    if options.loop_only and not options.overhead:
+        parser.error("--loop-only needs --overhead, the number of steps")
     if "plain" not in options.providers:
         parser.error("--providers must name plain, to which the others are compared")
     count = max(options.batch * (options.steps + 1), *options.memory, options.batch)
@@ -161,7 +170,9 @@ def main(arguments: list[str] | None = None) -> None:
             key: getattr(options, key) for key in ("batch", "micro_batch", "tower", "image_size", "dtype")
         }
         common |= {"workers": options.workers, "llm_dim": options.llm_dim, "data": source}
-        rows = [{**row, **common} for row in compare(options, settings)]
+        rows: list[dict[str, Any]]
+        rows = [{"provider": "ours"}] if options.loop_only else compare(options, settings)
+        rows = [{**row, **common} for row in rows]
         for row in rows:
             if options.memory:
                 peaks = {
@@ -172,10 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
                 row["memory_growth"] = round(peaks[options.memory[-1]] / peaks[options.memory[0]], 3)
             if options.overhead and row["provider"] == "ours":
                 found = overhead(settings, folder / "overhead", options.overhead)
-                row |= {f"loop_{key}": round(value, 2) for key, value in found.items()}
+                row |= {f"loop_{key}": round(value, 3) for key, value in found.items()}
             print(row, flush=True)
         if not options.no_save:
-            print(harness.save(f"clip_step_{options.dtype}", rows))
+            suite = "clip_loop" if options.loop_only else "clip_step"
+            print(harness.save(f"{suite}_{options.tower}_{options.dtype}", rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ mean of the real tokens' states. `sorted`: the same loop over captions sorted by
 sentence-transformers do. `packed`: `CaptionEncoder.encode_tokens` as it comes. First every batch size of the loops
 runs on `--probe` captions; then the best of each runs on all captions beside ours, interleaved. Embeddings are
 compared before anything is timed. All start from token ids: tokenising is the same for all, and a thousandth of the
-time.
+time. "tflops" counts the linear layers and attention of the real tokens alone, "mfu_percent" is its share of what the
+GPU's data sheet says.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks import captions, harness
 from benchmarks.report import table
 from llm2clip.models import CaptionEncoder
 from llm2clip.models.tokens import Tokens
+from llm2clip.training.flops import peak_tflops
 
 # embeddings further than this from those of one caption at a time are wrong, and not timed
 ERROR_LIMIT = {"fp32": 1e-4, "bf16": 5e-2}
@@ -103,14 +105,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of the probe, and of the best setting of each provider over all tokens."""
     probe = tokens[: options.probe]
-    times = _interleaved(timed, probe, 1)
+    times = _interleaved(timed, probe, 1, options.device)
     rows = [row_of(p, times[p], probe, "probe") for p in timed]
     print("probe:", {p: f"{row['captions_per_s']}/s" for p, row in zip(timed, rows, strict=True)}, flush=True)
     best = {
         kind: min((p for p in timed if p.startswith(kind)), key=lambda p: times[p][0])
         for kind in ("padded", "sorted", "packed")
     }
-    times = _interleaved({p: timed[p] for p in best.values()}, tokens, options.rounds)
+    times = _interleaved({p: timed[p] for p in best.values()}, tokens, options.rounds, options.device)
     for p in best.values():
         row = row_of(p, times[p], tokens, "best") | {"error": float(f"{errors[p]:.1e}")}
         for kind in ("padded", "sorted"):
@@ -119,9 +121,13 @@ def measure(
     return rows
 
 
-def _interleaved(timed: dict[str, Embed], tokens: Sequence[Tokens], rounds: int) -> dict[str, list[float]]:
+def _interleaved(
+    timed: dict[str, Embed], tokens: Sequence[Tokens], rounds: int, device: str
+) -> dict[str, list[float]]:
     calls = {p: functools.partial(run, tokens) for p, run in timed.items()}
-    return harness.interleave(calls, rounds=rounds, warmup=0, device="cpu")
+    # kernels are compiled and memory is found in a first round on a GPU
+    warmup = int(device == "cuda")
+    return harness.interleave(calls, rounds=rounds, warmup=warmup, device=device, clock="wall")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -136,6 +142,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, nargs="+", help="token budgets of ours; default: its own")
     parser.add_argument("--model", type=Path, help="transformers directory; default: SmolLM2-135M")
     parser.add_argument("--data", type=Path, default=captions.OPENSTAX, help="folder of WebDataset tars")
+    parser.add_argument(
+        "--shape", default="", choices=captions.SHAPES, help="random bf16 weights of that size"
+    )
+    parser.add_argument("--device", default=harness.default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=list(ERROR_LIMIT))
     parser.add_argument("--causal", action="store_true", help="causal instead of bidirectional attention")
     parser.add_argument("--no-save", action="store_true", help="print only")
@@ -147,9 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
     found, source = captions.pairs(-(-options.captions // 2), options.data)
     with tempfile.TemporaryDirectory() as folder:
         (packed, name), (padded, _) = (
-            captions.encoder(options.model, Path(folder), layout=layout, bidirectional=not options.causal)
+            captions.encoder(
+                options.model,
+                Path(folder),
+                shape=options.shape,
+                device=options.device,
+                layout=layout,
+                bidirectional=not options.causal,
+            )
             for layout in ("packed", "padded")
         )
+    if options.shape:
+        padded.model.load_state_dict(packed.model.state_dict(), assign=True)  # one copy for both
     for encoder in (packed, padded):
         encoder.model.to(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
         encoder.eval()
@@ -159,11 +178,16 @@ def main(arguments: list[str] | None = None) -> None:
     if fault := harness.wrong(errors, ERROR_LIMIT[options.dtype]):
         sys.exit(f"wrong embeddings, not timed: {fault}")
     rows = measure(timed, tokens, errors, options)
+    peak = peak_tflops(torch.device(options.device))
     for row in rows:
+        useful = captions.flops(padded, [len(t.ids) for t in tokens[: row["captions"]]])
+        row["tflops"] = round(useful / row["median_ms"] / 1e9, 2)
+        if peak:
+            row["mfu_percent"] = round(100 * row["tflops"] / peak, 1)
         row |= {"model": name, "data": source, "dtype": options.dtype}
     print(table(rows, {title: title for row in rows for title in row if title not in ("p20_ms", "p80_ms")}))
     if not options.no_save:
-        print(harness.save(f"embed_{options.dtype}", rows))
+        print(harness.save("_".join(filter(None, ("embed", options.shape, options.dtype))), rows))
 
 
 if __name__ == "__main__":

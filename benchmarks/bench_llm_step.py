@@ -9,7 +9,8 @@ with fused LoRA layers. `packed_cached`: in packs of `--budget` tokens through t
 everything twice for memory's sake. `peft_packed`: packs with peft's layers, which tells both gains apart. All start
 from the same adapter, see the same batches and take AdamW steps without dropout; their losses must agree. "peak_mib"
 is the growth of the peak resident set over one such step, in a process of its own, with the LLM stage's own dropout
-(`--memory-dropout`).
+(`--memory-dropout`). "tflops" counts the real tokens' forward and the gradients of activations once, "mfu_percent" its
+share of what the GPU's data sheet says.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from llm2clip.models.packed import make_packs
 from llm2clip.models.tokens import Tokens
 from llm2clip.settings import LoraSettings
 from llm2clip.training import gradient_cache
+from llm2clip.training.flops import peak_tflops
 from llm2clip.training.llm_task import PairEmbedder, PairTokens
 
 PROVIDERS = ("peft_padded", "peft_grouped", "packed", "packed_cached", "peft_packed")
@@ -45,7 +47,7 @@ LOSS_LIMIT = {"fp32": 1e-3, "bf16": 5e-2}
 def loss(outputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Symmetric InfoNCE in plain torch, the same for all."""
     short, long = (F.normalize(outputs[name], dim=-1) for name in ("query", "positive"))
-    logits, target = SCALE * short @ long.T, torch.arange(len(short))
+    logits, target = SCALE * short @ long.T, torch.arange(len(short), device=short.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, {}
 
 
@@ -57,7 +59,9 @@ class Trainer:
         layout: Any = "padded" if name in PEERS else "packed"
         self.encoder: CaptionEncoder
         with tempfile.TemporaryDirectory() as folder:
-            self.encoder, self.model = captions.encoder(options.model, Path(folder), layout=layout)
+            self.encoder, self.model = captions.encoder(
+                options.model, Path(folder), shape=options.shape, device=options.device, layout=layout
+            )
         torch.manual_seed(0)
         fused: Any = "off" if name.startswith("peft") else "auto"
         self.encoder.add_lora(LoraSettings(rank=16, alpha=32.0, dropout=dropout, fused=fused))
@@ -69,7 +73,7 @@ class Trainer:
         """One optimizer step; returns the loss before it."""
         short, long = (self.encoder.tokenize([pair[i] for pair in texts]) for i in range(2))
         self.optimizer.zero_grad(set_to_none=True)
-        bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        bf16 = functools.partial(torch.autocast, self.options.device, torch.bfloat16)
         autocast = bf16 if self.options.dtype == "bf16" else nullcontext
         if self.name == "peft_padded":
             with autocast():
@@ -78,7 +82,7 @@ class Trainer:
             value.backward()
         else:
             value, _ = gradient_cache.backward(
-                self.module, self._chunks(short, long), loss, torch.device("cpu"), autocast
+                self.module, self._chunks(short, long), loss, torch.device(self.options.device), autocast
             )
         self.optimizer.step()
         return value.item()
@@ -120,6 +124,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS[:4]), choices=PROVIDERS)
     parser.add_argument("--model", type=Path, help="transformers directory; default: SmolLM2-135M")
     parser.add_argument("--data", type=Path, default=captions.OPENSTAX, help="folder of WebDataset tars")
+    parser.add_argument(
+        "--shape", default="", choices=captions.SHAPES, help="random bf16 weights of that size"
+    )
+    parser.add_argument("--device", default=harness.default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=list(LOSS_LIMIT), help="bf16: autocast")
     parser.add_argument("--memory-dropout", type=float, default=LoraSettings().dropout)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -139,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for number, batch in enumerate(batches):
         run = {name: functools.partial(_record, losses[name], t, batch) for name, t in trainers.items()}
-        for name, seconds in harness.interleave(run, rounds=1, warmup=0, device="cpu").items():
+        found_times = harness.interleave(run, rounds=1, warmup=0, device=options.device, clock="wall")
+        for name, seconds in found_times.items():
             if number > 0:
                 times[name] += seconds
         print(f"step {number}:", {name: f"{values[-1]:.5f}" for name, values in losses.items()}, flush=True)
@@ -147,27 +156,33 @@ def main(arguments: list[str] | None = None) -> None:
     if fault := harness.wrong(differences, LOSS_LIMIT[options.dtype]):
         sys.exit(f"losses differ from those of peft_padded, nothing is reported: {fault}")
 
-    tokenize = trainers["peft_padded"].encoder.tokenize
+    encoder = trainers["peft_padded"].encoder
     rows: list[dict[str, Any]] = []
-    tokens = sum(len(t.ids) for batch in batches[1:] for t in tokenize([text for p in batch for text in p]))
+    texts = [text for batch in batches[1:] for pair in batch for text in pair]
+    lengths = [len(t.ids) for t in encoder.tokenize(texts)]
+    # forward, and the gradients of activations: frozen weights have none of their own
+    useful, peak = 2 * captions.flops(encoder, lengths), peak_tflops(torch.device(options.device))
     for name, trainer in trainers.items():
         row: dict[str, Any] = {"provider": name, "pairs": options.batch, "dtype": options.dtype}
         row |= {key: round(value, 1) for key, value in harness.summarize(times[name]).items()}
-        row["tokens_per_s"] = round(tokens / sum(times[name]), 1)
+        row["tokens_per_s"] = round(sum(lengths) / sum(times[name]), 1)
+        row["tflops"] = round(useful / sum(times[name]) / 1e12, 2)
+        if peak:
+            row["mfu_percent"] = round(100 * row["tflops"] / peak, 1)
         for peer in (p for p in PEERS if p in times):
             row[f"over_{peer}"] = round(1 / harness.ratio_to(times[name], times[peer]), 2)
         row["losses"] = " ".join(f"{value:.4f}" for value in losses[name])
         row["loss_difference"] = float(f"{differences[name]:.1e}")
         if not options.no_memory:
             row["peak_mib"] = round(
-                harness.peak_mib(memory_setup, name, options, batches[0], device="cpu"), 1
+                harness.peak_mib(memory_setup, name, options, batches[0], device=options.device), 1
             )
             row["peak_over_peft"] = round(row["peak_mib"] / (rows[0] if rows else row)["peak_mib"], 2)
         row |= {"model": trainer.model, "data": source}
         rows.append(row)
     print(table(rows, {title: title for title in rows[0] if title not in ("p20_ms", "p80_ms")}))
     if not options.no_save:
-        print(harness.save(f"llm_step_{options.dtype}", rows))
+        print(harness.save("_".join(filter(None, ("llm_step", options.shape, options.dtype))), rows))
 
 
 def loss_difference(losses: Sequence[float], reference: Sequence[float]) -> float:

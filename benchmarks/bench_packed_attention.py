@@ -47,13 +47,13 @@ def dense(x: Tensor, lengths: list[int]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2)
 
 
-def providers(lengths: list[int], causal: bool) -> dict[str, Attend]:
+def providers(lengths: list[int], causal: bool, device: str) -> dict[str, Attend]:
     """Name -> attention of q (T, Hq, D), k and v (T, Hk, D)."""
-    edges = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    edges = torch.tensor([0, *np.cumsum(lengths).tolist()], device=device, dtype=torch.int32)
     longest = max(lengths)
-    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
     mask = real[:, None, None, :] & (
-        torch.ones(longest, longest, dtype=torch.bool).tril() if causal else True
+        torch.ones(longest, longest, dtype=torch.bool, device=device).tril() if causal else True
     )
 
     def repeat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,15 +128,15 @@ def measure(shape: str, causal: bool, options: argparse.Namespace) -> list[dict[
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     shapes = [(tokens, h, options.width) for h in (query_heads, key_heads, key_heads)]
-    leaves = [torch.randn(s, dtype=dtype).requires_grad_() for s in shapes]
-    grad = torch.randn(shapes[0], dtype=dtype)
+    leaves = [torch.randn(s, dtype=dtype, device=options.device).requires_grad_() for s in shapes]
+    grad = torch.randn(shapes[0], dtype=dtype, device=options.device)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    edges = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    edges = torch.tensor([0, *np.cumsum(lengths).tolist()], device=options.device)
     want_out = packed_attention_reference(*exact, edges, causal=causal)
     want = [want_out.detach(), *torch.autograd.grad(want_out, exact, grad.double())]
     timed: dict[str, Attend] = {}
     errors, rows = {}, []
-    for name, attend in providers(lengths, causal).items():
+    for name, attend in providers(lengths, causal, options.device).items():
         try:
             got = step(name, attend, leaves, grad)
         except (NotImplementedError, RuntimeError) as error:
@@ -158,7 +158,7 @@ def measure(shape: str, causal: bool, options: argparse.Namespace) -> list[dict[
             )
             for name, attend in timed.items()
         }
-        times = harness.interleave(functions, rounds=options.rounds)
+        times = harness.interleave(functions, rounds=options.rounds, device=options.device)
         for name in timed:
             row: dict[str, Any] = {"provider": name, "phase": phase, "pack": shape, "causal": causal}
             row |= {"tokens": tokens, "sequences": len(lengths), "dtype": options.dtype}
@@ -181,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, nargs=2, default=[9, 3], help="query and key heads")
     parser.add_argument("--width", type=int, default=64, help="head size")
     parser.add_argument("--dtype", default="float32", choices=list(ERROR_LIMIT))
+    parser.add_argument("--device", default=harness.default_device(), choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--packs", nargs="+", default=["equal", "sorted", "any"])
     parser.add_argument("--no-save", action="store_true", help="print only")

@@ -20,11 +20,18 @@ from llm2clip.data.store import EmbeddingStore, StoreWriter
 from llm2clip.errors import BadSampleError
 from llm2clip.settings import TrainSettings
 
-# a ViT with random weights, for a tower without batch norms
-_VIT = {
-    "model_type": "vit", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12,
-    "num_attention_heads": 3, "patch_size": 16,
+# ViTs with random weights: a small tower without batch norms, and the paper's large one
+_VITS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "model_type": "vit", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 3, "patch_size": 16,
+    },
+    "vit-l-14": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "patch_size": 14, "projection_dim": 768,
+    },
 }  # fmt: skip
+TOWERS = ("efficientnet-lite0", *_VITS)
 CAPTIONS = {"short": "caption", "long": "alt"}
 
 
@@ -76,9 +83,9 @@ def random_store(folder: Path, paths: list[str], dim: int, limit: int) -> Embedd
 def settings(options: argparse.Namespace, folder: Path, paths: list[str], limit: int) -> TrainSettings:
     """The CLIP stage of the paper on a small tower; no dropout, so that every trainer has the same losses."""
     vision: dict[str, Any] = {"kind": "efficientnet-lite0", "image_size": options.image_size}
-    if options.tower == "vit":
-        config = folder / "vit.json"
-        config.write_text(json.dumps(_VIT | {"image_size": options.image_size}))
+    if options.tower in _VITS:
+        config = folder / f"{options.tower}.json"
+        config.write_text(json.dumps(_VITS[options.tower] | {"image_size": options.image_size}))
         vision = {"kind": "transformers", "path": str(config), "image_size": options.image_size}
     tree = {
         "data": {"train": paths, "captions": CAPTIONS, "workers": options.workers, "limit": limit},
@@ -94,7 +101,8 @@ def settings(options: argparse.Namespace, folder: Path, paths: list[str], limit:
             "precision": options.dtype,
             "log_every": 1,
             "save_every": 10**6,
-            "peak_tflops": 0,
+            # not counted on a CPU, whose peak is unknown
+            "peak_tflops": None if torch.cuda.is_available() else 0,
         },
     }
     return from_tree(TrainSettings, tree)
@@ -105,7 +113,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images of a step")
     parser.add_argument("--micro-batch", type=int, default=0, help="images of a forward pass; 0: the batch")
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
-    parser.add_argument("--tower", default="efficientnet-lite0", choices=("efficientnet-lite0", "vit"))
+    parser.add_argument("--tower", default="efficientnet-lite0", choices=TOWERS)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--llm-dim", type=int, default=576, help="width of the LLM embeddings")
     parser.add_argument("--adapter-depth", type=int, default=4)

@@ -3,40 +3,15 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "dropout.h"
-#include "simd_gelu.h"
-#include "simd_io.h"
+#include "adapter_rows.h"
+#include "instruction_set.h"
 #include "tiles.h"
 
 namespace llm2clip {
 namespace {
-
-struct Stats {
-  float mean;
-  float rstd;
-};
-
-template <class T>
-LLM2CLIP_INLINE Stats stats(const T* row, int64_t cols, double eps) {
-  Floats total{};
-  for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) { total += get(row + j, n); });
-  const float mean = static_cast<float>(sum(total) / cols);
-  Floats squares{};
-  for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    Floats v = get(row + j, n) - mean;
-    if (n < kLanes) {
-      // lanes past the end hold -mean
-      for (int64_t l = n; l < kLanes; ++l) v[l] = 0.0f;
-    }
-    squares += v * v;
-  });
-  return {mean, static_cast<float>(1.0 / std::sqrt(sum(squares) / cols + eps))};
-}
 
 const float* values_or_null(const Tensor& t) {
   return t.numel() > 0 ? data(t) : nullptr;
@@ -62,38 +37,14 @@ struct ColumnSums {
   }
 };
 
-LLM2CLIP_INLINE void add(float* to, Floats value, int64_t n) {
-  if (to != nullptr) put(to, get(to, n) + value, n);
-}
-
-LLM2CLIP_INLINE float* at(float* row, int64_t j) {
-  return row == nullptr ? nullptr : row + j;
-}
-
 // (rows, cols) -> the same, float32 or bfloat16; weight and bias (cols,) or empty
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool to_bfloat16) {
   const int64_t rows = x.size(0);
   const int64_t cols = x.size(1);
-  const float* w = values_or_null(weight);
-  const float* b = values_or_null(bias);
   Tensor out = torch::stable::new_empty(x, {rows, cols}, to_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-  with_elements(x, [&](const auto* from) {
-    with_elements(out, [&](auto* to) {
-      for_each_block(rows, [&](int64_t, int64_t first, int64_t count) {
-        run_simd([&]() __attribute__((always_inline)) {
-          for (int64_t i = first; i < first + count; ++i) {
-            const auto* row = from + i * cols;
-            const Stats s = stats(row, cols, eps);
-            for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-              Floats v = (get(row + j, n) - s.mean) * s.rstd;
-              if (w != nullptr) v *= get(w + j, n);
-              if (b != nullptr) v += get(b + j, n);
-              put(to + i * cols + j, v, n);
-            });
-          }
-        });
-      });
-    });
+  const LayerNormRows a{elements_of(x), cols, values_or_null(weight), values_or_null(bias), eps, elements_of(out)};
+  for_each_block(rows, [&](int64_t, int64_t first, int64_t count) {
+    kernels<AdapterKernels>().layer_norm(a, first, count);
   });
   return out;
 }
@@ -106,93 +57,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& x, 
                                                                bool need_weight, bool need_bias, bool need_dy_sum) {
   const int64_t rows = x.size(0);
   const int64_t cols = x.size(1);
-  const float* w = values_or_null(weight);
-  const float* b = values_or_null(bias);
   const bool residual = dy.numel() > 0;
   Tensor dx = torch::stable::new_empty(x, {need_x ? rows : 0, cols}, x.scalar_type());
   ColumnSums d_weight(need_weight, rows, cols);
   ColumnSums d_bias(need_bias, rows, cols);
   ColumnSums dy_sum(need_dy_sum && residual, rows, cols);
-  with_elements(x, [&](const auto* from) {
-    using X = std::decay_t<decltype(*from)>;
-    const X* residuals = residual ? static_cast<const X*>(dy.data_ptr()) : nullptr;
-    X* to = need_x ? static_cast<X*>(dx.data_ptr()) : nullptr;
-    with_elements(dh, [&](auto* gradient) {
-      for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
-        float* p_weight = d_weight.block(block);
-        float* p_bias = d_bias.block(block);
-        float* p_sum = dy_sum.block(block);
-        run_simd([&]() __attribute__((always_inline)) {
-          for (int64_t i = first; i < first + count; ++i) {
-            const X* row = from + i * cols;
-            auto* g_row = gradient + i * cols;
-            const Stats s = stats(row, cols, eps);
-            Floats sum_g{};
-            Floats sum_gx{};
-            for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-              const Floats unit = (get(row + j, n) - s.mean) * s.rstd;
-              const Floats g = get(g_row + j, n);
-              const Floats scaled = w == nullptr ? g : g * get(w + j, n);
-              sum_g += scaled;
-              sum_gx += scaled * unit;
-              add(at(p_weight, j), g * unit, n);
-              add(at(p_bias, j), g, n);
-            });
-            const float mean_g = static_cast<float>(sum(sum_g) / cols);
-            const float mean_gx = static_cast<float>(sum(sum_gx) / cols);
-            for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-              const Floats unit = (get(row + j, n) - s.mean) * s.rstd;
-              if (need_x) {
-                Floats g = get(g_row + j, n);
-                if (w != nullptr) g *= get(w + j, n);
-                Floats v = (g - mean_g - unit * mean_gx) * s.rstd;
-                if (residual) v += get(residuals + i * cols + j, n);
-                put(to + i * cols + j, v, n);
-              }
-              if (p_sum != nullptr) add(p_sum + j, get(residuals + i * cols + j, n), n);
-              if (keep_output) {
-                Floats h = unit;
-                if (w != nullptr) h *= get(w + j, n);
-                if (b != nullptr) h += get(b + j, n);
-                put(g_row + j, h, n);
-              }
-            });
-          }
-        });
-      });
-    });
+  for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
+    LayerNormGradRows a{};
+    a.x = elements_of(x);
+    a.cols = cols;
+    a.weight = values_or_null(weight);
+    a.bias = values_or_null(bias);
+    a.eps = eps;
+    a.dh = elements_of(dh);
+    a.keep_output = keep_output;
+    a.dy = residual ? dy.data_ptr() : nullptr;
+    a.dx = need_x ? dx.data_ptr() : nullptr;
+    a.weight_sum = d_weight.block(block);
+    a.bias_sum = d_bias.block(block);
+    a.dy_sum = dy_sum.block(block);
+    kernels<AdapterKernels>().layer_norm_grad(a, first, count);
   });
   return {dx, d_weight.total(x), d_bias.total(x), dy_sum.total(x)};
 }
 
 // seed: one int64, or none where p is zero
-Dropout dropout_of(const Tensor& seed, double p) {
-  return Dropout(seed.numel() > 0 ? *static_cast<const int64_t*>(seed.data_ptr()) : 0, p);
+GeluRows gelu_rows(const Tensor& pre, const Tensor& bias, const Tensor& seed, double p, void* out) {
+  const int64_t bits = seed.numel() > 0 ? *static_cast<const int64_t*>(seed.data_ptr()) : 0;
+  return {elements_of(pre), pre.size(1), values_or_null(bias), dropout_of(bits, p), out};
 }
 
 // out = dropout(gelu(pre + bias)); out may be pre
 void bias_gelu(const Tensor& pre, const Tensor& bias, const Tensor& seed, double p, Tensor out) {
-  const int64_t rows = pre.size(0);
-  const int64_t cols = pre.size(1);
-  const float* b = values_or_null(bias);
-  const Dropout dropout = dropout_of(seed, p);
-  with_elements(pre, [&](const auto* from) {
-    using T = std::decay_t<decltype(*from)>;
-    T* to = static_cast<T*>(out.data_ptr());
-    for_each_block(rows, [&](int64_t, int64_t first, int64_t count) {
-      run_simd([&]() __attribute__((always_inline)) {
-        for (int64_t i = first; i < first + count; ++i) {
-          const uint32_t key = dropout.row_key(i);
-          for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-            Floats v = get(from + i * cols + j, n);
-            if (b != nullptr) v += get(b + j, n);
-            Floats g = v * normal(v).below;
-            if (dropout.active()) g = dropout.apply(g, key, j);
-            put(to + i * cols + j, g, n);
-          });
-        }
-      });
-    });
+  const GeluRows a = gelu_rows(pre, bias, seed, p, out.data_ptr());
+  for_each_block(pre.size(0), [&](int64_t, int64_t first, int64_t count) {
+    kernels<AdapterKernels>().gelu(a, first, count);
   });
 }
 
@@ -202,39 +101,11 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& pre, const Tensor& b
                                               Tensor gradient, bool keep_output, bool need_bias) {
   const int64_t rows = pre.size(0);
   const int64_t cols = pre.size(1);
-  const float* b = values_or_null(bias);
-  const Dropout dropout = dropout_of(seed, p);
   Tensor out = torch::stable::new_empty(pre, {keep_output ? rows : 0, cols}, pre.scalar_type());
   ColumnSums d_bias(need_bias, rows, cols);
-  with_elements(pre, [&](const auto* from) {
-    using T = std::decay_t<decltype(*from)>;
-    T* g_all = static_cast<T*>(gradient.data_ptr());
-    T* to = static_cast<T*>(out.data_ptr());
-    for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
-      float* p_bias = d_bias.block(block);
-      run_simd([&]() __attribute__((always_inline)) {
-        for (int64_t i = first; i < first + count; ++i) {
-          const uint32_t key = dropout.row_key(i);
-          T* g_row = g_all + i * cols;
-          for_each_lane_group(cols, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-            Floats v = get(from + i * cols + j, n);
-            if (b != nullptr) v += get(b + j, n);
-            const Normal at_v = normal(v);
-            const Floats slope = at_v.below + v * at_v.density;
-            Floats g = get(g_row + j, n);
-            Floats value = v * at_v.below;
-            if (dropout.active()) {
-              g = dropout.apply(g, key, j);
-              value = dropout.apply(value, key, j);
-            }
-            g *= slope;
-            put(g_row + j, g, n);
-            add(at(p_bias, j), g, n);
-            if (keep_output) put(to + i * cols + j, value, n);
-          });
-        }
-      });
-    });
+  const GeluRows gelu = gelu_rows(pre, bias, seed, p, keep_output ? out.data_ptr() : nullptr);
+  for_each_block(rows, [&](int64_t block, int64_t first, int64_t count) {
+    kernels<AdapterKernels>().gelu_grad({gelu, gradient.data_ptr(), d_bias.block(block)}, first, count);
   });
   return {out, d_bias.total(pre)};
 }

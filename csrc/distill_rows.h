@@ -76,9 +76,8 @@ struct DistillKernels {
   void (*sum)(const DistillSum&);
   void (*online)(const DistillOnline&);
   void (*grad)(const DistillGrad&);
-};
 
-// for the instruction set that row_kernels() chose
-const DistillKernels& distill_kernels();
+  static const DistillKernels portable, avx2, avx512;
+};
 
 }  // namespace llm2clip

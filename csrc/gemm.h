@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace llm2clip {
 
@@ -34,11 +33,11 @@ constexpr int64_t kGemmWorkspace = 96 * 512 + 8 * 512;
 // One thread; the order of every sum depends on k alone.
 using Gemm = void (*)(const Product& product, float* workspace);
 
-// the kernel "avx512" or "avx2", null under any other name or where this processor does not run it
-Gemm gemm_named(const std::string& name);
+struct GemmKernels {
+  Gemm gemm;  // null in the portable ones: SSE2 and NEON are left to torch
 
-// which of them is faster than torch's product on this processor, or "torch"
-std::string preferred_gemm();
+  static const GemmKernels portable, avx2, avx512;
+};
 
 // What multiplies tiles in this process: a kernel, or null for torch's own product.
 Gemm tile_gemm();

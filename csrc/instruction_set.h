@@ -1,39 +1,42 @@
-// Which vector instructions this processor and its system allow, and how a function is compiled for them.
+// Which vector instructions the kernels of this process use.
+//
+// The sources of simd/ and host/simd/ are compiled once for each instruction set (CMakeLists.txt); each gives its kernels as a table of
+// functions, a struct with one static member for each instruction set.
 
 #pragma once
 
-#if defined(__x86_64__)
-#define LLM2CLIP_AVX2 __attribute__((target("avx2,fma")))
-// whole vectors of 512 bits: each compiler has its own word for it, and ignores all of an attribute it does not know
-#if defined(__clang__)
-#define LLM2CLIP_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
-#else
-#define LLM2CLIP_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
-#endif
-// writes variant(suffix, attribute) for every instruction set of this architecture
-#define LLM2CLIP_FOR_EACH_INSTRUCTION_SET(variant) \
-  variant(default, ) variant(avx2, LLM2CLIP_AVX2) variant(avx512, LLM2CLIP_AVX512)
-// name_avx512, name_avx2 or name_default: the best one that runs here
-#define LLM2CLIP_FOR_THIS_PROCESSOR(name) ::llm2clip::for_this_processor(name##_default, name##_avx2, name##_avx512)
-#else
-#define LLM2CLIP_FOR_EACH_INSTRUCTION_SET(variant) variant(default, )
-#define LLM2CLIP_FOR_THIS_PROCESSOR(name) name##_default
-#endif
+#include <string>
 
 namespace llm2clip {
 
+enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+
+// The best one that this processor and its system allow, or the one that use_instruction_set() named.
+InstructionSet instruction_set();
+
+// "auto" is the best one; std::runtime_error where the processor does not run the one named
+void use_instruction_set(std::string name);
+
+// "avx512", "avx2" or "portable" (SSE2 or NEON: what every processor of this architecture has)
+const char* name_of(InstructionSet set);
+
+// whether this processor and its system allow it
+bool is_supported(InstructionSet set);
+
+// the kernels of the instruction set in use
+template <class Kernels>
+const Kernels& kernels() {
 #if defined(__x86_64__)
-template <class T>
-T for_this_processor(T plain, T avx2, T avx512) {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512;
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return Kernels::avx512;
+    case InstructionSet::kAvx2:
+      return Kernels::avx2;
+    case InstructionSet::kPortable:
+      break;
   }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : plain;
-}
 #endif
+  return Kernels::portable;
+}
 
 }  // namespace llm2clip

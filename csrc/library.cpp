@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " Tensor weight, bool need_x, bool need_y, bool need_scale, bool need_bias, int tile)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
+  m.def("use_instruction_set(str name) -> ()");
   m.def("use_gemm(str name) -> ()");
   m.def("gemm_in_use() -> str");
   m.def("tile_product(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");

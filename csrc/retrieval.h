@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "instruction_set.h"
 #include "retrieval_rows.h"
 #include "tiles.h"
 
@@ -17,7 +18,7 @@ inline std::vector<double> norms(const Tensor& x) {
   for_each_block(x.size(0), [&](int64_t, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) {
       const float* row = data(x) + i * dim;
-      out[i] = std::sqrt(retrieval_kernels().dot(row, row, dim));
+      out[i] = std::sqrt(kernels<RetrievalKernels>().dot(row, row, dim));
     }
   });
   return out;

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "always_inline.h"
+
 namespace llm2clip {
 
 // (rows, cols) dot products and the features they were made of
@@ -55,13 +57,12 @@ struct RetrievalKernels {
   void (*count)(const CountRows&);
   void (*top)(const TopRows&);
   double (*dot)(const float*, const float*, int64_t);
+
+  static const RetrievalKernels portable, avx2, avx512;
 };
 
-// of the instruction set that row_kernels() chose
-const RetrievalKernels& retrieval_kernels();
-
 // puts a candidate among the k best, unless it is worse than all of them; higher score first, then lower index
-inline bool insert_best(double* scores, int64_t* indices, int64_t k, double score, int64_t index) {
+LLM2CLIP_INLINE bool insert_best(double* scores, int64_t* indices, int64_t k, double score, int64_t index) {
   const auto before = [&](int64_t place) {
     return indices[place] >= 0 && (scores[place] > score || (scores[place] == score && indices[place] < index));
   };
@@ -77,7 +78,7 @@ inline bool insert_best(double* scores, int64_t* indices, int64_t k, double scor
 }
 
 // relative rounding of the double product, for the pair's norms
-inline double double_rounding(int64_t dim) {
+LLM2CLIP_INLINE double double_rounding(int64_t dim) {
   return static_cast<double>(dim + 8) * 0x1p-52;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gradients.h"
+#include "instruction_set.h"
 #include "sigmoid_rows.h"
 #include "tiles.h"
 
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x,
           a.loss = row_loss.data() + t.worker * tiles.rows + t.r + first;
           a.scale_gradient = need_scale ? &scale_gradient[place] : nullptr;
           a.bias_gradient = need_bias ? &bias_gradient[place] : nullptr;
-          sigmoid_kernel()(a);
+          kernels<SigmoidKernels>().rows(a);
         });
         gradients.add(t, g);
       },

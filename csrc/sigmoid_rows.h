@@ -26,9 +26,10 @@ struct SigmoidRows {
 constexpr int32_t kNoRow = -1;
 constexpr int32_t kNoCol = -2;
 
-using SigmoidKernel = void (*)(const SigmoidRows&);
+struct SigmoidKernels {
+  void (*rows)(const SigmoidRows&);
 
-// for the widest vectors that this processor and its system allow
-SigmoidKernel sigmoid_kernel();
+  static const SigmoidKernels portable, avx2, avx512;
+};
 
 }  // namespace llm2clip

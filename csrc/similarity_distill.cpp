@@ -16,9 +16,10 @@
 #include <vector>
 
 #include "distill_rows.h"
+#include "finite_shift.h"
 #include "gradients.h"
+#include "instruction_set.h"
 #include "shift.h"
-#include "similarity_rows.h"
 #include "tiles.h"
 
 namespace llm2clip {
@@ -194,7 +195,7 @@ void sum_all(const Matrices& a, float shift, float teacher_shift, const Origins&
         for_each_block(tile.m, [&](int64_t b, int64_t first, int64_t count) {
           const int64_t i = tile.worker * height + first;
           const int64_t at = begin + b * tile.n;
-          distill_kernels().sum({a.block(tile, first, count), shift, teacher_shift, &origins.row[tile.r + first],
+          kernels<DistillKernels>().sum({a.block(tile, first, count), shift, teacher_shift, &origins.row[tile.r + first],
                                  &origins.col[tile.c], &rows.student[i], &rows.teacher[i], &rows.cross[i],
                                  columns ? &partial.student[at] : nullptr, columns ? &partial.teacher[at] : nullptr,
                                  columns ? &partial.cross[at] : nullptr});
@@ -295,7 +296,7 @@ void sum_all_online(const Matrices& a, const Origins& origins, const Outputs& ou
             o.col_teacher = &partial.teacher[at];
             o.col_cross = &partial.cross[at];
           }
-          distill_kernels().online(o);
+          kernels<DistillKernels>().online(o);
         });
         for (int64_t b = 0; columns && b * kBlock < tile.m; ++b) {
           for (int64_t j = 0; j < tile.n; ++j) cols[tile.c + j].add(partial_max, partial, begin + b * tile.n + j);
@@ -413,7 +414,7 @@ std::tuple<Tensor, Tensor, Tensor> distill_backward(
         a.multiply_tiles(t);
         for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
           const int64_t i = t.r + first;
-          distill_kernels().grad({a.block(t, first, count), student.at(i, t.c),
+          kernels<DistillKernels>().grad({a.block(t, first, count), student.at(i, t.c),
                                   taught ? teacher.at(i, t.c) : DistillFactors{}, online,
                                   g_pos.numel() > 0 ? data(g_pos) + i : nullptr, diagonal + i - t.c,
                                   need_scale ? &partial[t.worker * a.tiles.blocks() + b] : nullptr});

@@ -10,14 +10,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "finite_shift.h"
 #include "gradients.h"
+#include "instruction_set.h"
 #include "shift.h"
 #include "similarity_rows.h"
-#include "simd_exp.h"
 #include "tiles.h"
 
 namespace llm2clip {
@@ -75,8 +75,7 @@ struct Groups {
     };
     for (int64_t i = 0; i < x_groups.numel(); ++i) row.push_back(number(rows[i], -1));
     for (int64_t j = 0; j < y_groups.numel(); ++j) col.push_back(number(cols[j], -2));
-    // whole vectors are read past the end
-    col.resize(col.size() + kLanes, -2);
+    col.resize(col.size() + kReadPastEnd, -2);
   }
 
   RowGroups at(int64_t r, int64_t c, int64_t diagonal) const {
@@ -104,7 +103,7 @@ void sum_all(const Tensor& x, const Tensor& y, double scale, float shift, const 
         double* rows = row_sum.data() + t.worker * tiles.height;
         float* cols = columns ? partial.data() + t.worker * tiles.blocks() * tiles.width : nullptr;
         for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
-          row_kernels().sum(
+          kernels<RowKernels>().sum(
               {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), shift, rows + first,
                columns ? cols + b * t.n : nullptr,
                cached ? data(out.cache) + (t.r + first) * tiles.cols + t.c : nullptr, tiles.cols,
@@ -163,7 +162,7 @@ void sum_all_online(const Tensor& x, const Tensor& y, double scale, const Tiles&
         const int64_t rows = t.worker * tiles.height;
         const int64_t cols = t.worker * partials;
         for_each_block(t.m, [&](int64_t b, int64_t first, int64_t count) {
-          row_kernels().online(
+          kernels<RowKernels>().online(
               {data(tile) + first * t.n, count, t.n, static_cast<float>(scale), row_max.data() + rows + first,
                row_sum.data() + rows + first, columns ? partial_max.data() + cols + b * t.n : nullptr,
                columns ? partial_sum.data() + cols + b * t.n : nullptr, groups.at(t.r + first, t.c, out.diagonal)});
@@ -289,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g_row, const Tensor& g
           a.positive = diagonal + t.r + first - t.c;
           a.groups = groups.at(t.r + first, t.c, diagonal);
           a.scale_gradient = sum_scale ? partial.data() + t.worker * tiles.blocks() + b : nullptr;
-          row_kernels().grad(a, mode);
+          kernels<RowKernels>().grad(a, mode);
         });
         gradients.add(t, g);
       },
@@ -324,10 +323,6 @@ Tensor lse_from_slabs(const Tensor& slabs, const Tensor& shift, Tensor flag) {
   return out;
 }
 
-std::string cpu_capability() {
-  return row_kernels().name;
-}
-
 }  // namespace
 }  // namespace llm2clip
 
@@ -335,8 +330,4 @@ STABLE_TORCH_LIBRARY_IMPL(llm2clip_native, CPU, m) {
   m.impl("similarity_lse_forward", TORCH_BOX(&llm2clip::forward));
   m.impl("similarity_lse_backward", TORCH_BOX(&llm2clip::backward));
   m.impl("lse_from_slabs", TORCH_BOX(&llm2clip::lse_from_slabs));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(llm2clip_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&llm2clip::cpu_capability));
 }

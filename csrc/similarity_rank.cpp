@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> count(const Tensor& x, const Tensor& y, const Tensor&
             a.col_above = partial + b * 2 * tiles.width;
             a.col_tied = a.col_above + tiles.width;
           }
-          retrieval_kernels().count(a);
+          kernels<RetrievalKernels>().count(a);
         });
         for (int64_t b = 0; columns && b * kBlock < t.m; ++b) {
           for (int64_t j = 0; j < t.n; ++j) {
@@ -128,7 +128,7 @@ Tensor pair_scores(const Tensor& x, const Tensor& y, const Tensor& rows, const T
     for (int64_t p = first; p < first + count; ++p) {
       const int64_t i = counts(rows)[p];
       const int64_t j = counts(cols)[p];
-      scores[p] = retrieval_kernels().dot(data(x) + i * dim, data(y) + j * dim, dim);
+      scores[p] = kernels<RetrievalKernels>().dot(data(x) + i * dim, data(y) + j * dim, dim);
     }
   });
   return out;

@@ -1,5 +1,4 @@
-// What happens to one tile of dot products, row by row, on one thread. Which instruction set runs is
-// decided once, from the processor.
+// What happens to one tile of dot products, row by row, on one thread.
 
 #pragma once
 
@@ -9,10 +8,13 @@ namespace llm2clip {
 
 // A tile holds plain dot products x·y, `cols` floats a row, rows contiguous; the logit is scale·dot.
 
+// ids of groups are read in whole vectors
+constexpr int64_t kReadPastEnd = 16;
+
 // Pairs of equal group are left out, except a row's own positive. All null where there are no groups.
 struct RowGroups {
   const int32_t* row;  // (rows,)
-  const int32_t* col;  // (cols,), 16 readable beyond the last
+  const int32_t* col;  // (cols,), and kReadPastEnd readable beyond the last
   int64_t positive;    // column of row 0's positive; row i's is `positive + i`; may be outside [0, cols)
 };
 
@@ -67,15 +69,8 @@ struct RowKernels {
   void (*sum)(const SumRows&);
   void (*online)(const OnlineRows&);
   void (*grad)(const GradRows&, GradMode);
-  const char* name;
+
+  static const RowKernels portable, avx2, avx512;
 };
-
-// "avx512", "avx2" or "default", by what the processor and the system allow
-const RowKernels& row_kernels();
-
-// exp's argument must be finite to be subtracted; an infinite maximum is replaced by zero
-inline float finite_shift(float value) {
-  return value - value == 0.0f ? value : 0.0f;
-}
 
 }  // namespace llm2clip

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> update(const Tensor& x, const Tensor& y, const Tensor
           a.first = first_index + t.c;
           a.x_groups = of_x == nullptr ? nullptr : of_x + t.r + first;
           a.y_groups = of_x == nullptr ? nullptr : of_y + t.c;
-          retrieval_kernels().top(a);
+          kernels<RetrievalKernels>().top(a);
         });
       },
       [&](int64_t r, int64_t m) {

@@ -2,45 +2,66 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <atomic>
 #include <string>
 
 #include "gemm.h"
+#include "instruction_set.h"
 #include "tiles.h"
 
 namespace llm2clip {
 namespace {
 
-struct Kernel {
-  const char* name;
-  Gemm gemm;
-};
+// "auto": our kernel for the instruction set in use where the processor is AMD's, torch's product elsewhere
+enum class Choice { kAuto, kTorch, kAvx2, kAvx512 };
 
-const std::array<Kernel, 3>& kernels() {
-  static const std::array<Kernel, 3> all{
-      {{"torch", nullptr}, {"avx2", gemm_named("avx2")}, {"avx512", gemm_named("avx512")}}};
-  return all;
+std::atomic<Choice>& chosen() {
+  static std::atomic<Choice> choice{Choice::kAuto};
+  return choice;
 }
 
-size_t place_of(const std::string& name) {
-  for (size_t i = 0; i < kernels().size(); ++i) {
-    if (name == kernels()[i].name && (i == 0 || kernels()[i].gemm != nullptr)) return i;
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+Choice resolved() {
+  static const bool ours = is_amd();
+  const Choice choice = chosen().load(std::memory_order_relaxed);
+  if (choice != Choice::kAuto) return choice;
+  if (!ours) return Choice::kTorch;
+  switch (instruction_set()) {
+    case InstructionSet::kAvx512:
+      return Choice::kAvx512;
+    case InstructionSet::kAvx2:
+      return Choice::kAvx2;
+    case InstructionSet::kPortable:
+      break;
   }
-  STD_TORCH_CHECK(false, "no GEMM '", name, "' on this processor; expected auto, torch, avx2 or avx512");
-}
-
-std::atomic<size_t>& chosen() {
-  static std::atomic<size_t> place{place_of(preferred_gemm())};
-  return place;
+  return Choice::kTorch;
 }
 
 void use_gemm(std::string name) {
-  chosen().store(place_of(name == "auto" ? preferred_gemm() : name));
+  if (name == "auto") return chosen().store(Choice::kAuto);
+  if (name == "torch") return chosen().store(Choice::kTorch);
+  if (name == "avx2" && is_supported(InstructionSet::kAvx2)) return chosen().store(Choice::kAvx2);
+  if (name == "avx512" && is_supported(InstructionSet::kAvx512)) return chosen().store(Choice::kAvx512);
+  STD_TORCH_CHECK(false, "no GEMM '", name, "' on this processor; expected auto, torch, avx2 or avx512");
 }
 
 std::string gemm_in_use() {
-  return kernels()[chosen().load()].name;
+  switch (resolved()) {
+    case Choice::kAvx512:
+      return "avx512";
+    case Choice::kAvx2:
+      return "avx2";
+    default:
+      return "torch";
+  }
 }
 
 // out = a·b, or out += a·b
@@ -58,7 +79,11 @@ void tile_product(Tensor out, const Tensor& a, const Tensor& b, bool accumulate)
 }  // namespace
 
 Gemm tile_gemm() {
-  return kernels()[chosen().load()].gemm;
+#if defined(__x86_64__)
+  if (resolved() == Choice::kAvx512) return GemmKernels::avx512.gemm;
+  if (resolved() == Choice::kAvx2) return GemmKernels::avx2.gemm;
+#endif
+  return nullptr;
 }
 
 }  // namespace llm2clip

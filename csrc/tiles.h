@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "elements.h"
 #include "gemm.h"
 
 namespace llm2clip {
@@ -37,6 +39,12 @@ inline Tensor flat_floats(const Tensor& like, int64_t count) {
 
 inline float* data(const Tensor& t) {
   return static_cast<float*>(t.data_ptr());
+}
+
+inline Elements elements_of(const Tensor& t) {
+  const bool are_bfloat16 = t.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(are_bfloat16 || t.scalar_type() == ScalarType::Float, "rows must be float32 or bfloat16");
+  return {t.data_ptr(), are_bfloat16};
 }
 
 // Tells the system that this memory, not yet touched, may come in huge pages: small ones of a matrix cost a page fault

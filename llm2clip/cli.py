@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llm2clip.errors import UserError
+from llm2clip.training.signals import unwound
 
 Handler = Callable[[argparse.Namespace], int]
 TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "safetensors", "matplotlib")
@@ -30,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        _quiet_libraries(args)
-        return args.handler(args)
+        with unwound():
+            _quiet_libraries(args)
+            return args.handler(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):  # the reader of our output went away (`| head`): nothing to report, nobody to tell
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except SystemExit as stop:  # a signal: the step was finished and a checkpoint written
+    except SystemExit as stop:  # a signal: the step was finished, or what was half-written removed
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
@@ -160,7 +163,7 @@ def _embed(args: argparse.Namespace) -> int:
         from llm2clip.embed import embed
 
         store = embed(settings)
-        print(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -171,7 +174,7 @@ def _embed_images(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_images
 
         store = embed_images(settings)
-        print(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -182,8 +185,14 @@ def _embed_texts(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_texts
 
         store = embed_texts(settings)
-        print(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Print a result once, however many ranks torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -39,6 +39,20 @@ def test_all_trainers_have_one_loss_curve(
     assert 0 <= ours["loop_outside_percent"] < 100 and ours["loop_step_ms"] > 0
 
 
+def test_a_batch_too_large_to_compare_runs_in_the_loop_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, "--data", str(tmp_path), "--steps", "0", "--overhead", "1", "--loop-only"]
+    bench_clip_step.main(options)
+    (row,) = [
+        ast.literal_eval(ln) for ln in capsys.readouterr().out.splitlines() if ln.startswith("{'provider'")
+    ]
+    assert row["provider"] == "ours" and "losses" not in row
+    assert row["loop_step_ms"] > 0 and row["loop_peak_memory_mib"] > 0 and 0 <= row["loop_data_wait"] <= 1
+    with pytest.raises(SystemExit):
+        bench_clip_step.main([*SMALL, "--loop-only"])
+
+
 def test_a_trainer_that_learns_something_else_ends_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,18 @@ def test_padding_is_counted(model: Path) -> None:
     assert bench_embed.padding_share(tokens, 2, by_length=True) == pytest.approx(2 / 12)
 
 
+def test_flops_are_those_that_torch_counts(model: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = CaptionEncoder.from_pretrained(model, layout="padded")
+    batch = encoder.collate(encoder.tokenize(["abcdef"]))
+    length = batch.input_ids.shape[1]
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # whose products are counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), math:
+        encoder.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    assert captions.flops(encoder, [length]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 def test_wrong_embeddings_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = CaptionEncoder.encode_tokens
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_proof
-from benchmarks.proof import build, cases, checks, layout, sections, speed, tools
+from benchmarks.proof import build, cases, checks, layout, sections, speed, suites, tools
 from benchmarks.proof.sections import Context, Outcome, Section, Skip
 
 
@@ -296,6 +297,65 @@ def test_targets_are_judged_by_the_measured_rows() -> None:
         "times faster than open_clip at N=32768, D=768": (2.5, False),
         "times faster than eager at N=8192, D=768": (1.0, True),
     }
+
+
+def test_targets_of_the_stages_are_judged_by_the_measured_rows() -> None:
+    lora = {
+        "t": 8192,
+        "k": 4096,
+        "n": 4096,
+        "r": 16,
+        "step_peft_over_ours": 1.3,
+        "forward_base_over_ours": 0.9,
+    }
+    judged = suites.judge(
+        {
+            "lora": [lora, lora | {"t": 1024, "step_peft_over_ours": 1.0}],
+            "adapter_bfloat16": [
+                {"provider": "eager", "saved_kib": 100.0},
+                {"provider": "ours", "saved_kib": 49.0, "gemm_ratio": 1.2},
+            ],
+            "llm_step_bf16": [{"provider": "packed", "over_peft_padded": 2.1}],
+            "embed_llama3-8b_bf16": [{"provider": "packed", "phase": "best", "mfu_percent": 44.0}],
+            "clip_loop_vit-l-14_bf16": [{"provider": "ours", "loop_mfu": 0.51}],
+        }
+    )
+    assert {row["what"]: row["met"] for row in judged} == {
+        "LoRA: step of peft over ours": True,
+        "LoRA: base GEMM over ours, forward": False,
+        "adapter: time over its GEMMs": False,
+        "adapter: saved activations over eager's": True,
+        "LLM step: speed over peft with padding": True,
+        "embedding with 8B's shape: MFU, %": False,
+        "CLIP stage, batch 32,768: MFU": True,
+    }
+
+
+def test_missed_targets_of_the_stages_are_a_failure(context: Context) -> None:
+    rows = [{"provider": "packed", "over_peft_padded": 1.5}]
+    (context.out / "llm_step_bf16.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(AssertionError, match="1 of 1 missed: LLM step: speed over peft with padding: 1.5"):
+        suites.stage_targets(context)
+    with pytest.raises(AssertionError, match="nothing was measured"):
+        suites.stage_targets(Context("cuda", context.out / "proof"))
+
+
+def test_every_suite_takes_the_arguments_of_its_section(
+    context: Context, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [*suites.PROJECTIONS, *suites.CAPTIONS, *suites.LARGE_LLM, *suites.CLIP_STAGE]
+    for name, arguments in chosen:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"benchmarks.{name}").main([*arguments, "--no-such-option"])
+        assert capsys.readouterr().err.endswith("unrecognized arguments: --no-such-option\n"), name
+    for section in (
+        suites.siblings,
+        suites.projections,
+        suites.captions,
+        suites.large_llm,
+        suites.clip_stage,
+    ):
+        assert section(context)["imported"]
 
 
 def test_ceilings_are_saved_with_their_rates(context: Context) -> None:

@@ -53,7 +53,7 @@ def test_record_says_what_was_built() -> None:
 
     info = build_info()
     assert info["native"]["loaded"] and info["native"]["torch_minimum"] == "2.10"
-    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+    assert info["cpu_capability"] in ("portable", "avx2", "avx512")
     if info["native"]["cuda_sources"]:
         assert info["native"]["cuda"] and info["native"]["architectures"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +43,16 @@ def sources(tmp_path: Path, dtype: StoreDtype, shards: list[dict[str, np.ndarray
     return made
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        store_rows._host.use_instruction_set(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    store_rows._host.use_instruction_set("auto")
+
+
 def read(source: Any, rows: np.ndarray, dim: int) -> np.ndarray:
     out = np.full((len(rows), dim), np.nan, np.float32)
     source.read(rows, out)
@@ -51,7 +62,7 @@ def read(source: Any, rows: np.ndarray, dim: int) -> np.ndarray:
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 7, 24, 64, 101])
-def test_the_native_reader_equals_its_twin(tmp_path: Path, dtype: StoreDtype, dim: int) -> None:
+def test_the_native_reader_equals_its_twin(tmp_path: Path, dtype: StoreDtype, dim: int, isa: str) -> None:
     generator = torch.Generator().manual_seed(dim)
     shards = [encode_rows(torch.randn(n, dim, generator=generator), dtype) for n in (5, 1, 40)]
     native, python = sources(tmp_path, dtype, shards)
@@ -73,7 +84,7 @@ def test_the_native_reader_equals_its_twin(tmp_path: Path, dtype: StoreDtype, di
 
 @needs_native
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
-def test_every_stored_pattern_is_decoded_as_torch_does(tmp_path: Path, dtype: StoreDtype) -> None:
+def test_every_stored_pattern_is_decoded_as_torch_does(tmp_path: Path, dtype: StoreDtype, isa: str) -> None:
     if dtype in SCALED:
         patterns = np.arange(256, dtype=np.uint8).view("i1" if dtype == "int8" else "u1")
         arrays = {"embeddings": patterns[None].repeat(3, 0), "scales": np.array([1, 0.37, 1e-30], np.float32)}

@@ -190,7 +190,7 @@ def test_the_choice() -> None:
     torch.ops.llm2clip_native.use_gemm("auto")
     amd = platform.machine() == "x86_64" and "AuthenticAMD" in vendor
     capability = build_info()["cpu_capability"]
-    assert build_info()["cpu_gemm"] == (capability if amd and capability != "default" else "torch")
+    assert build_info()["cpu_gemm"] == (capability if amd and capability != "portable" else "torch")
     code = "import llm2clip_kernels as k; print(k.build_info()['cpu_gemm'])"
     done = in_process(code, LLM2CLIP_CPU_GEMM="torch")
     assert done.stdout.strip() == "torch", done.stderr

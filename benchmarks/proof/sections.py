@@ -91,9 +91,15 @@ SECTIONS = (
     Section("sanitizer", "tools:sanitizer", 180),
     Section("contrastive_trained", "speed:contrastive_trained", 60),
     Section("contrastive_small", "speed:contrastive_small", 60),
-    Section("siblings", "speed:siblings", 180),
+    Section("siblings", "suites:siblings", 180),
     Section("targets", "speed:targets", 20),
-    Section("captions", "speed:captions", 240, by_default=False),
+    # the second half: python -m benchmarks.gpu_proof --sections projections captions large_llm clip_stage stage_targets
+    Section("projections", "suites:projections", 120, by_default=False),
+    Section("captions", "suites:captions", 150, by_default=False),
+    Section("large_llm", "suites:large_llm", 150, by_default=False),
+    Section("clip_stage", "suites:clip_stage", 300, by_default=False),
+    Section("stage_targets", "suites:stage_targets", 20, by_default=False),
+    Section("demo", "suites:demo", 560, by_default=False),
     Section("ncu", "tools:ncu", 120, by_default=False),
 )
 

@@ -1,38 +1,15 @@
-"""Sections that measure: the machine's ceilings, the contrastive loss beside its peers, the other ops, the targets."""
+"""Sections that measure the machine's ceilings and the contrastive loss beside its peers, and compare with targets."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import bench_similarity, harness, record
-from benchmarks.proof.layout import ROOT
 from benchmarks.proof.sections import Context
-
-# suites that have a section of their own, or that measure the host alone
-_NOT_SIBLINGS = {
-    "bench_similarity",
-    "bench_host",
-    "bench_embed",
-    "bench_llm_step",
-    "bench_gradient_cache",
-    "bench_store",
-}
-# what they measure on a GPU where that is not their default
-_LARGE = ["--dtype", "bfloat16", "--n", "8192", "32768", "--d", "768", "--max-seconds", "8"]
-_GPU_ARGUMENTS = {
-    "bench_distill": _LARGE,
-    "bench_lora": ["--inputs", "bfloat16", "--t", "8192", "--shapes", "4096x4096", "--r", "16"],
-    "bench_rank": _LARGE,
-    "bench_sigmoid": _LARGE,
-}
 
 # what the loss must reach on an H200, bf16, forward and backward: (N, D) -> milliseconds
 TARGET_MS = {
@@ -162,54 +139,6 @@ def contrastive_trained(context: Context) -> dict[str, Any]:
 def contrastive_small(context: Context) -> dict[str, Any]:
     """N = 64 to 2048 by the wall clock, launches included: never slower than plain torch."""
     return _similarity(context, ["--small", "--clock", "wall", "--min-seconds", "1"], "")
-
-
-def _run_suites(context: Context, suites: dict[str, list[str]]) -> dict[str, Any]:
-    """Runs suites with their arguments, each in a process of its own, as long as the time lasts."""
-    if context.dry:
-        # that they import is what can be seen without their sizes
-        for name in suites:
-            assert callable(importlib.import_module(f"benchmarks.{name}").main), name
-        return {"imported": list(suites)}
-    end = time.perf_counter() + context.seconds - 5
-    failed, done = {}, []
-    for name, arguments in suites.items():
-        left = end - time.perf_counter()
-        if left < 5:
-            failed[name] = "not run: out of time"
-            continue
-        code = (
-            "import runpy, sys, pathlib; from benchmarks import record; "
-            f"record.RESULTS = pathlib.Path({str(context.out.parent)!r}); sys.argv = {[name, *arguments]!r}; "
-            f"runpy.run_module('benchmarks.{name}', run_name='__main__', alter_sys=True)"
-        )
-        try:
-            status = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            failed[name] = "ended: out of time"
-            continue
-        if status:
-            failed[name] = f"exit status {status}"
-        else:
-            done.append(name)
-    assert not failed, f"{failed}; done: {done}"
-    return {"done": done}
-
-
-def siblings(context: Context) -> dict[str, Any]:
-    """Every other op's `bench_<op>`."""
-    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
-    return _run_suites(
-        context, {name: _GPU_ARGUMENTS.get(name, []) for name in names if name not in _NOT_SIBLINGS}
-    )
-
-
-def captions(context: Context) -> dict[str, Any]:
-    """Embedding captions and a step of the LLM stage in bf16, packed against padded; needs the trainer's extras."""
-    suites = {"bench_embed": ["--dtype", "bf16"], "bench_llm_step": ["--dtype", "bf16"]}
-    return _run_suites(
-        context, {n: a for n, a in suites.items() if (ROOT / "benchmarks" / f"{n}.py").exists()}
-    )
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include "../instruction_set.h"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
@@ -14,6 +16,8 @@ PYBIND11_MODULE(_host, m) {
         "Bin number of every length, first-fit decreasing under the budget");
   m.def("caption_digests", &llm2clip::caption_digests, py::arg("texts"), py::arg("threads"),
         "Address of every caption, uint64 (n, 2)");
+  m.def("use_instruction_set", &llm2clip::use_instruction_set, py::arg("name"),
+        "Vector instructions of the reader: portable, avx2, avx512, or auto for the best of this processor");
   m.def("find_rows", &llm2clip::find_rows, py::arg("digests"), py::arg("high").noconvert(),
         py::arg("low").noconvert(), py::arg("rows").noconvert(), py::arg("buckets").noconvert(), py::arg("threads"),
         "Row of every address, int64 (n,); -1 where it is not known");

@@ -11,11 +11,8 @@
 #include <cstring>
 #include <map>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../instruction_set.h"
+#include "decoders.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -31,93 +28,14 @@ constexpr std::size_t kAheadBytes = 256;
 // rows looked at to find out whether a batch must come from the disk
 constexpr std::size_t kLooks = 8;
 
-using Decode = void (*)(const unsigned char* from, float scale, std::size_t count, float* to);
-
-inline float from_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// in integers but for one subtraction of normal numbers, so that subnormals are right whatever the processor's modes
-inline float half_to_float(std::uint16_t half) {
-  constexpr std::uint32_t kExponent = 0x7c00u << 13;
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
-  const std::uint32_t exponent = magnitude & kExponent;
-  std::uint32_t bits = magnitude + ((127u - 15u) << 23);
-  bits += exponent == kExponent ? (128u - 16u) << 23 : exponent == 0 ? 1u << 23 : 0u;
-  const float size = from_bits(bits) - (exponent == 0 ? from_bits(113u << 23) : 0.0f);
-  std::uint32_t unsigned_bits;
-  std::memcpy(&unsigned_bits, &size, sizeof(unsigned_bits));
-  return from_bits(unsigned_bits | static_cast<std::uint32_t>(half & 0x8000u) << 16);
-}
-
-// e4m3 (bias 7, no infinity) moved into the bits of an fp16, which is then 256 times too small
-inline std::uint16_t fp8_as_half(unsigned char byte) {
-  return static_cast<std::uint16_t>((byte & 0x80u) << 8 | (byte & 0x7fu) << 7);
-}
-
 void decode_fp32(const unsigned char* from, float, std::size_t count, float* to) { std::memcpy(to, from, 4 * count); }
 
-#define LLM2CLIP_DECODERS(suffix, target)                                                                            \
-  target void decode_bf16_##suffix(const unsigned char* from, float, std::size_t count, float* to) {                \
-    const auto* values = reinterpret_cast<const std::uint16_t*>(from);                                              \
-    for (std::size_t i = 0; i < count; ++i) to[i] = from_bits(static_cast<std::uint32_t>(values[i]) << 16);         \
-  }                                                                                                                  \
-  target void decode_int8_##suffix(const unsigned char* from, float scale, std::size_t count, float* to) {          \
-    const auto* values = reinterpret_cast<const signed char*>(from);                                                \
-    for (std::size_t i = 0; i < count; ++i) to[i] = scale * static_cast<float>(values[i]);                          \
-  }                                                                                                                  \
-  target void decode_fp16_##suffix(const unsigned char* from, float, std::size_t count, float* to) {                \
-    const auto* values = reinterpret_cast<const std::uint16_t*>(from);                                              \
-    for (std::size_t i = 0; i < count; ++i) to[i] = half_to_float(values[i]);                                       \
-  }                                                                                                                  \
-  target void decode_fp8_##suffix(const unsigned char* from, float scale, std::size_t count, float* to) {           \
-    for (std::size_t i = 0; i < count; ++i) to[i] = 256.0f * scale * half_to_float(fp8_as_half(from[i]));           \
-  }
-LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_DECODERS)
-
-#if defined(__x86_64__)
-// the processor's own conversion; compilers do not find it in the loops above
-__attribute__((target("avx2,f16c"))) void decode_fp16_f16c(const unsigned char* from, float, std::size_t count,
-                                                            float* to) {
-  std::size_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
-  }
-  decode_fp16_default(from + 2 * i, 1.0f, count - i, to + i);
-}
-
-__attribute__((target("avx2,f16c"))) void decode_fp8_f16c(const unsigned char* from, float scale, std::size_t count,
-                                                           float* to) {
-  const __m256 factor = _mm256_set1_ps(256.0f * scale);
-  std::size_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i)));
-    const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
-    const __m128i size = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), 7);
-    _mm256_storeu_ps(to + i, _mm256_mul_ps(factor, _mm256_cvtph_ps(_mm_or_si128(sign, size))));
-  }
-  decode_fp8_default(from + i, scale, count - i, to + i);
-}
-
-bool converts_halves() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-}
-#endif
-
 Decode decoder(Format format) {
-#if defined(__x86_64__)
-  if (format == Format::kFp16 && converts_halves()) return decode_fp16_f16c;
-  if (format == Format::kFp8 && converts_halves()) return decode_fp8_f16c;
-#endif
   switch (format) {
-    case Format::kBf16: return LLM2CLIP_FOR_THIS_PROCESSOR(decode_bf16);
-    case Format::kInt8: return LLM2CLIP_FOR_THIS_PROCESSOR(decode_int8);
-    case Format::kFp16: return LLM2CLIP_FOR_THIS_PROCESSOR(decode_fp16);
-    case Format::kFp8: return LLM2CLIP_FOR_THIS_PROCESSOR(decode_fp8);
+    case Format::kFp16: return kernels<DecodeKernels>().fp16;
+    case Format::kBf16: return kernels<DecodeKernels>().bf16;
+    case Format::kInt8: return kernels<DecodeKernels>().int8;
+    case Format::kFp8: return kernels<DecodeKernels>().fp8;
     default: return decode_fp32;
   }
 }

@@ -5,6 +5,7 @@
 | `LLM2CLIP_DISABLE_NATIVE` | `1` | do not load the native library; Triton and plain torch serve |
 | `LLM2CLIP_REQUIRE_NATIVE` | `1` | a native library that is missing or does not load is an error |
 | `LLM2CLIP_BACKEND` | `auto`, `native`, `triton`, `chunked` | forces one implementation (tests, bisecting) |
+| `LLM2CLIP_CPU_ISA` | `auto`, `portable`, `avx2`, `avx512` | vector instructions of the CPU kernels; `auto`: the best |
 | `LLM2CLIP_CPU_GEMM` | `auto`, `torch`, `avx2`, `avx512` | what multiplies the tiles on a CPU; `auto`: ours on AMD |
 | `LLM2CLIP_CACHE_MIB` | integer, default 256 | byte budget under which `method="auto"` caches exponentials |
 | `LLM2CLIP_SMALL_PAIRS` | integer, default 44100 | up to so many pairs, plain torch: launching a kernel costs more |
@@ -19,6 +20,7 @@ import os
 from pathlib import Path
 
 BACKENDS = ("auto", "native", "triton", "chunked")
+CPU_ISAS = ("auto", "portable", "avx2", "avx512")
 CPU_GEMMS = ("auto", "torch", "avx2", "avx512")
 
 
@@ -48,6 +50,11 @@ def _one_of(variable: str, names: tuple[str, ...]) -> str:
 def forced_backend() -> str:
     """Returns the backend to use, "auto" for the usual choice. Raises ValueError for an unknown name."""
     return _one_of("LLM2CLIP_BACKEND", BACKENDS)
+
+
+def cpu_isa() -> str:
+    """Returns which vector instructions native CPU kernels use, "auto" for the best. Raises ValueError as above."""
+    return _one_of("LLM2CLIP_CPU_ISA", CPU_ISAS)
 
 
 def cpu_gemm() -> str:

@@ -1,6 +1,6 @@
 """Dropout of which only a seed is kept: the mask is a function of (seed, row, column) and is made again.
 
-The hash is the one of csrc/dropout.h and of triton_dropout.py, bit for bit: 32-bit arithmetic, here in int64
+The hash is the one of csrc/simd/dropout.h and of triton_dropout.py, bit for bit: 32-bit arithmetic, here in int64
 because torch has no unsigned multiplication. A mask therefore depends neither on the device nor on how the
 rows were cut.
 """

@@ -24,7 +24,7 @@ def load() -> str:
 
     Raises:
         RuntimeError: it is not loaded and LLM2CLIP_REQUIRE_NATIVE=1, or this processor does not run what
-            LLM2CLIP_CPU_GEMM asks for.
+            LLM2CLIP_CPU_ISA or LLM2CLIP_CPU_GEMM asks for.
     """
     library = _HERE / "_C.so"
     if _env.native_disabled():
@@ -43,6 +43,7 @@ def load() -> str:
                 stacklevel=2,
             )
         else:
+            torch.ops.llm2clip_native.use_instruction_set(_env.cpu_isa())
             torch.ops.llm2clip_native.use_gemm(_env.cpu_gemm())
             return ""
     if _env.native_required():

@@ -31,7 +31,7 @@ _MOST_COLUMNS = 2**31 // 256 - 256
 
 @triton.jit
 def log1p_of_unit(e):
-    """log(1 + e) for e in [0, 1] within 2 ulp; csrc/simd_log1p.h says where the polynomial is from."""
+    """log(1 + e) for e in [0, 1] within 2 ulp; csrc/simd/log1p.h says where the polynomial is from."""
     # log(1 + e) itself would lose e = 5e-5, an untrained negative, to the rounding of 1 + e
     p = 0.005232689902186394
     p = p * e - 0.02950521931052208

@@ -1,38 +1,34 @@
-#include "retrieval_rows.h"
+#include "../retrieval_rows.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "instruction_set.h"
-#include "similarity_rows.h"
-#include "simd_exp.h"
+#include "lanes.h"
 
 namespace llm2clip {
 namespace {
 
-using Halves = float __attribute__((vector_size(32)));
-using Doubles = double __attribute__((vector_size(64)));
+// eight numbers: as doubles they fill as many registers as sixteen floats
+using Floats8 = Sixteen<float __attribute__((vector_size(2 * kRegisterLanes)))>;
+using Doubles = Sixteen<double __attribute__((vector_size(4 * kRegisterLanes)))>;
 
 // columns between two looks at what is left open
 constexpr int64_t kStrip = 128;
 
+LLM2CLIP_INLINE bool is_nan(double value) {
+  return value != value;
+}
+
 // x·y in double: products of floats are exact there, and the order of the sum is fixed
-LLM2CLIP_INLINE double dot_body(const float* x, const float* y, int64_t dim) {
+LLM2CLIP_INLINE double dot(const float* x, const float* y, int64_t dim) {
   Doubles total[2] = {};
   int64_t k = 0;
   for (; k + 16 <= dim; k += 16) {
     for (int64_t h = 0; h < 2; ++h) {
-      Halves a;
-      Halves b;
-      std::memcpy(&a, x + k + 8 * h, sizeof(a));
-      std::memcpy(&b, y + k + 8 * h, sizeof(b));
-      total[h] += __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles);
+      total[h] += convert<Doubles>(load_lanes<Floats8>(x + k + 8 * h)) *
+                  convert<Doubles>(load_lanes<Floats8>(y + k + 8 * h));
     }
   }
   const Doubles both = total[0] + total[1];
   double lanes[8];
-  std::memcpy(lanes, &both, sizeof(lanes));
+  store_lanes(lanes, both);
   double sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
   for (; k < dim; ++k) sum += static_cast<double>(x[k]) * y[k];
   return sum;
@@ -55,7 +51,7 @@ LLM2CLIP_INLINE Sums compare_strip(const float* __restrict__ dots, const float* 
     const float dot = dots[j];
     const float error = norm[j] * x_error;
     const float difference = dot - score;
-    const float size = std::abs(difference);
+    const float size = __builtin_fabsf(difference);
     const float outer = error + (slack + tolerance);
     const float inner = tolerance - (error + slack);
     const int32_t above = difference > outer;
@@ -66,7 +62,7 @@ LLM2CLIP_INLINE Sums compare_strip(const float* __restrict__ dots, const float* 
     sums.tied += tied;
     if constexpr (columns) {
       const float col_difference = dot - col_score[j];
-      const float col_size = std::abs(col_difference);
+      const float col_size = __builtin_fabsf(col_difference);
       const float col_error = error + (col_slack[j] + rounding);
       const float col_outer = col_error + tolerance;
       const int32_t col_tie = col_size < tolerance - col_error;
@@ -84,10 +80,10 @@ LLM2CLIP_INLINE Sums compare_strip(const float* __restrict__ dots, const float* 
 LLM2CLIP_INLINE void decide(const CountRows& a, int64_t i, int64_t j, int32_t flags, double unit) {
   const ScoreTile& t = a.tile;
   // a NaN among the features makes every score NaN, which is neither above nor tied
-  if (std::isnan(t.x_norm64[i]) || std::isnan(t.y_norm64[j])) return;
-  const double score = dot_body(t.x + i * t.dim, t.y + j * t.dim, t.dim);
+  if (is_nan(t.x_norm64[i]) || is_nan(t.y_norm64[j])) return;
+  const double score = dot(t.x + i * t.dim, t.y + j * t.dim, t.dim);
   const double size = unit * t.x_norm64[i] * t.y_norm64[j];
-  const double margin = a.tolerance + (std::isfinite(size) ? size : 0.0);
+  const double margin = a.tolerance + (size - size == 0.0 ? size : 0.0);
   if (flags & 1) {
     const bool over = score > a.row.exact[i] + margin;
     a.row_above[i] += over;
@@ -101,7 +97,7 @@ LLM2CLIP_INLINE void decide(const CountRows& a, int64_t i, int64_t j, int32_t fl
 }
 
 template <bool columns>
-LLM2CLIP_INLINE void count_rows(const CountRows& a) {
+LLM2CLIP_INLINE void count_tile(const CountRows& a) {
   const ScoreTile& t = a.tile;
   const float tolerance = static_cast<float>(a.tolerance);
   // the tolerance is rounded to float for the quick test alone
@@ -110,7 +106,7 @@ LLM2CLIP_INLINE void count_rows(const CountRows& a) {
   int32_t open[kStrip];
   for (int64_t i = 0; i < t.rows; ++i) {
     for (int64_t start = 0; start < t.cols; start += kStrip) {
-      const int64_t count = std::min(kStrip, t.cols - start);
+      const int64_t count = smaller(kStrip, t.cols - start);
       const Sums sums = compare_strip<columns>(
           t.dots + i * t.cols + start, t.y_norm + start, t.x_error[i], a.row.score[i], a.row.slack[i] + rounding,
           columns ? a.col.score + start : nullptr, columns ? a.col.slack + start : nullptr, tolerance, rounding,
@@ -125,18 +121,18 @@ LLM2CLIP_INLINE void count_rows(const CountRows& a) {
   }
 }
 
-LLM2CLIP_INLINE void count_body(const CountRows& a) {
+void count_rows(const CountRows& a) {
   if (a.col.score != nullptr) {
-    count_rows<true>(a);
+    count_tile<true>(a);
   } else {
-    count_rows<false>(a);
+    count_tile<false>(a);
   }
 }
 
 // below this no candidate of the row can be; -inf until k are found
 LLM2CLIP_INLINE float floor_of(double worst) {
-  if (!(std::abs(worst) < 1e37)) return -std::numeric_limits<float>::infinity();
-  return static_cast<float>(worst - std::abs(worst) * 0x1p-22 - 1e-37);
+  if (!(__builtin_fabs(worst) < 1e37)) return -__builtin_inff();
+  return static_cast<float>(worst - __builtin_fabs(worst) * 0x1p-22 - 1e-37);
 }
 
 LLM2CLIP_INLINE bool any_above(const float* __restrict__ dots, const float* __restrict__ norm, float error,
@@ -146,45 +142,38 @@ LLM2CLIP_INLINE bool any_above(const float* __restrict__ dots, const float* __re
   return found != 0;
 }
 
-LLM2CLIP_INLINE void top_body(const TopRows& a) {
+void top_rows(const TopRows& a) {
   const ScoreTile& t = a.tile;
   for (int64_t i = 0; i < t.rows; ++i) {
-    if (std::isnan(t.x_norm64[i])) continue;
+    if (is_nan(t.x_norm64[i])) continue;
     const float* row = t.dots + i * t.cols;
     double* scores = a.scores + i * a.k;
     int64_t* indices = a.indices + i * a.k;
     const float error = t.x_error[i];
     float lowest = floor_of(scores[a.k - 1]);
     for (int64_t start = 0; start < t.cols; start += kStrip) {
-      const int64_t count = std::min(kStrip, t.cols - start);
+      const int64_t count = smaller(kStrip, t.cols - start);
       if (!any_above(row + start, t.y_norm + start, error, lowest, count)) continue;
       for (int64_t j = start; j < start + count; ++j) {
         // NaN, of an overflow on the way, is not below
         if (row[j] + t.y_norm[j] * error < lowest) continue;
         if (a.x_groups != nullptr && a.x_groups[i] >= 0 && a.x_groups[i] == a.y_groups[j]) continue;
-        if (std::isnan(t.y_norm64[j])) continue;
-        const double score = dot_body(t.x + i * t.dim, t.y + j * t.dim, t.dim);
+        if (is_nan(t.y_norm64[j])) continue;
+        const double score = dot(t.x + i * t.dim, t.y + j * t.dim, t.dim);
         // infinite features: a difference of infinities
-        if (std::isnan(score)) continue;
+        if (is_nan(score)) continue;
         if (insert_best(scores, indices, a.k, score, a.first + j)) lowest = floor_of(scores[a.k - 1]);
       }
     }
   }
 }
 
-#define LLM2CLIP_RETRIEVAL_VARIANT(suffix, target)                                                                  \
-  target void count_##suffix(const CountRows& a) { count_body(a); }                                                 \
-  target void top_##suffix(const TopRows& a) { top_body(a); }                                                       \
-  target double dot_##suffix(const float* x, const float* y, int64_t dim) { return dot_body(x, y, dim); } \
-  constexpr RetrievalKernels k_##suffix{count_##suffix, top_##suffix, dot_##suffix};
-
-LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_RETRIEVAL_VARIANT)
+double one_dot(const float* x, const float* y, int64_t dim) {
+  return dot(x, y, dim);
+}
 
 }  // namespace
 
-const RetrievalKernels& retrieval_kernels() {
-  static const RetrievalKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
-  return chosen;
-}
+const RetrievalKernels RetrievalKernels::LLM2CLIP_INSTRUCTION_SET{count_rows, top_rows, one_dot};
 
 }  // namespace llm2clip

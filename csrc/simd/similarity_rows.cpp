@@ -1,10 +1,9 @@
-#include "similarity_rows.h"
+#include "../similarity_rows.h"
 
 #include <cmath>
-#include <limits>
 
-#include "instruction_set.h"
-#include "simd_exp.h"
+#include "elements.h"
+#include "exp.h"
 
 namespace llm2clip {
 namespace {
@@ -15,50 +14,25 @@ constexpr float kNothing = -1e30f;
 // calls body(column, logits, count) over a row, sixteen columns at a time
 //
 // Every pass must round a logit the same way, or the exponentials of large ones disagree by a rounding error of the
-// logit itself: the barrier keeps the compiler from fusing the product with a later subtraction in one of them.
+// logit itself.
 template <class Body>
 LLM2CLIP_INLINE void for_each_vector(const float* row, int64_t cols, float scale, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes <= cols; j += kLanes) {
-    Floats v = load(row + j) * scale;
-    asm("" : "+m"(v));
-    body(j, v, kLanes);
-  }
-  if (j < cols) {
-    float logits[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) logits[l] = j + l < cols ? row[j + l] * scale : kNothing;
-    Floats v = load(logits);
-    asm("" : "+m"(v));
-    body(j, v, cols - j);
-  }
-}
-
-LLM2CLIP_INLINE void put(float* to, Floats value, int64_t count) {
-  if (count == kLanes) {
-    store(to, value);
-  } else {
-    store_some(to, value, count);
-  }
-}
-
-LLM2CLIP_INLINE Floats get(const float* from, int64_t count, float fill) {
-  return count == kLanes ? load(from) : load_some(from, count, fill);
+  for_each_lane_group(cols, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+    body(j, fill_past(rounded(get(row + j, count) * scale), count, kNothing), count);
+  });
 }
 
 // which of the sixteen pairs (row i, columns j...) are left out
 LLM2CLIP_INLINE Ints left_out(const RowGroups& groups, int64_t i, int64_t j) {
-  Ints col;
-  std::memcpy(&col, groups.col + j, sizeof(col));
   // far from the positive the difference only has to stay different from every lane
   const int64_t own = groups.positive + i - j;
   const int32_t lane = own >= 0 && own < kLanes ? static_cast<int32_t>(own) : -1;
-  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return (col == groups.row[i]) & (lanes != lane);
+  return (load_lanes<Ints>(groups.col + j) == groups.row[i]) & (lane_numbers() != lane);
 }
 
 template <bool grouped>
 LLM2CLIP_INLINE Floats keep(const RowGroups& groups, int64_t i, int64_t j, Floats value, Floats otherwise) {
-  if constexpr (grouped) return left_out(groups, i, j) ? otherwise : value;
+  if constexpr (grouped) return select(left_out(groups, i, j), otherwise, value);
   return value;
 }
 
@@ -73,7 +47,7 @@ LLM2CLIP_INLINE void sum_body(const SumRows& a) {
         [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
           const Floats e = keep<grouped>(a.groups, i, j, exp(logits - a.shift), Floats{});
           total += e;
-          if (a.col_sum != nullptr) put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
+          if (a.col_sum != nullptr) add_to(a.col_sum + j, e, count);
           if (cache != nullptr) {
             __builtin_prefetch(cache + 2 * a.cache_stride + j, 1);
             put(cache + j, e, count);
@@ -89,7 +63,7 @@ LLM2CLIP_INLINE bool is_left_out(const RowGroups& groups, int64_t i, int64_t j) 
 
 template <bool grouped>
 LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
-  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  constexpr float kLowest = -__builtin_inff();
   if (a.col_max != nullptr) {
     for (int64_t j = 0; j < a.cols; ++j) a.col_max[j] = kLowest;
     std::memset(a.col_sum, 0, a.cols * sizeof(float));
@@ -123,10 +97,9 @@ LLM2CLIP_INLINE void online_body(const OnlineRows& a) {
     for_each_vector(
         a.tile + i * a.cols, a.cols, a.scale,
         [&](int64_t j, Floats logits, int64_t count) __attribute__((always_inline)) {
-          Floats top = get(a.col_max + j, count, 0.0f);
-          top = top - top == Floats{} ? top : Floats{};
+          const Floats top = finite_shift(get(a.col_max + j, count));
           const Floats e = keep<grouped>(a.groups, i, j, exp(logits - top), Floats{});
-          put(a.col_sum + j, get(a.col_sum + j, count, 0.0f) + e, count);
+          add_to(a.col_sum + j, e, count);
         });
   }
 }
@@ -144,7 +117,7 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
     float row_lse = a.row_lse[i];
     if constexpr (grouped) {
       // nothing is left of such a row: exp must be zero, in the lanes past its end too
-      if (row_lse == -std::numeric_limits<float>::infinity()) row_lse = std::numeric_limits<float>::infinity();
+      if (row_lse == -__builtin_inff()) row_lse = __builtin_inff();
     }
     Floats weighted{};
     // cached rows hold exponentials already: no scale
@@ -154,20 +127,20 @@ LLM2CLIP_INLINE void grad_body(const GradRows& a) {
       if constexpr (mode == GradMode::kOnline) {
         g = exp(v - row_lse) * row_factor;
         if (a.col_factor != nullptr) {
-          g += exp(v - get(a.col_lse + j, count, 0.0f)) * get(a.col_factor + j, count, 0.0f);
+          g += exp(v - get(a.col_lse + j, count)) * get(a.col_factor + j, count);
         }
       } else {
         // rows of the cache lie far apart, and come from memory
         if constexpr (mode == GradMode::kCached) __builtin_prefetch(in + 2 * a.in_stride + j);
         const Floats e = mode == GradMode::kCached ? v : exp(v - a.shift);
         Floats factor = broadcast(row_factor);
-        if (a.col_factor != nullptr) factor += get(a.col_factor + j, count, 0.0f);
+        if (a.col_factor != nullptr) factor += get(a.col_factor + j, count);
         g = e * factor;
       }
       g = keep<grouped>(a.groups, i, j, g, Floats{});
       if (mode != GradMode::kCached && a.scale_gradient != nullptr) {
         // the dot again rather than logit/scale, which is undefined at scale 0
-        weighted += get(in + j, count, 0.0f) * g;
+        weighted += get(in + j, count) * g;
       }
       put(out + j, g, count);
     });
@@ -193,25 +166,20 @@ LLM2CLIP_INLINE void grad_any(const GradRows& a, GradMode mode) {
   }
 }
 
-#define LLM2CLIP_VARIANT(suffix, target)                                                          \
-  target void sum_##suffix(const SumRows& a) {                                                    \
-    a.groups.row == nullptr ? sum_body<false>(a) : sum_body<true>(a);                             \
-  }                                                                                               \
-  target void online_##suffix(const OnlineRows& a) {                                              \
-    a.groups.row == nullptr ? online_body<false>(a) : online_body<true>(a);                       \
-  }                                                                                               \
-  target void grad_##suffix(const GradRows& a, GradMode mode) {                                   \
-    a.groups.row == nullptr ? grad_any<false>(a, mode) : grad_any<true>(a, mode);                 \
-  }                                                                                               \
-  constexpr RowKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix, #suffix};
+void sum_rows(const SumRows& a) {
+  a.groups.row == nullptr ? sum_body<false>(a) : sum_body<true>(a);
+}
 
-LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_VARIANT)
+void online_rows(const OnlineRows& a) {
+  a.groups.row == nullptr ? online_body<false>(a) : online_body<true>(a);
+}
+
+void grad_rows(const GradRows& a, GradMode mode) {
+  a.groups.row == nullptr ? grad_any<false>(a, mode) : grad_any<true>(a, mode);
+}
 
 }  // namespace
 
-const RowKernels& row_kernels() {
-  static const RowKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
-  return chosen;
-}
+const RowKernels RowKernels::LLM2CLIP_INSTRUCTION_SET{sum_rows, online_rows, grad_rows};
 
 }  // namespace llm2clip

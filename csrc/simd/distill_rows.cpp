@@ -1,12 +1,9 @@
-#include "distill_rows.h"
+#include "../distill_rows.h"
 
 #include <cmath>
-#include <cstring>
-#include <limits>
 
-#include "instruction_set.h"
-#include "similarity_rows.h"
-#include "simd_exp.h"
+#include "elements.h"
+#include "exp.h"
 
 namespace llm2clip {
 namespace {
@@ -14,33 +11,9 @@ namespace {
 // a logit that exp takes to zero, for the lanes past the end of a row
 constexpr float kNothing = -1e30f;
 
-LLM2CLIP_INLINE void put(float* to, Floats value, int64_t count) {
-  if (count == kLanes) {
-    store(to, value);
-  } else {
-    store_some(to, value, count);
-  }
-}
-
-LLM2CLIP_INLINE Floats get(const float* from, int64_t count, float fill = 0.0f) {
-  return count == kLanes ? load(from) : load_some(from, count, fill);
-}
-
-LLM2CLIP_INLINE void add_to(float* to, Floats value, int64_t count) {
-  put(to, get(to, count) + value, count);
-}
-
 // sixteen logits; rounded before anything is subtracted, the same way in every pass
 LLM2CLIP_INLINE Floats logits_of(const float* dots, float scale, int64_t count) {
-  Floats v = count == kLanes ? load(dots) * scale : load_some(dots, count, 0.0f) * scale;
-  if (count < kLanes) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int64_t l = count; l < kLanes; ++l) lanes[l] = kNothing;
-    v = load(lanes);
-  }
-  asm("" : "+m"(v));
-  return v;
+  return fill_past(rounded(get(dots, count) * scale), count, kNothing);
 }
 
 // calls body(column, S, T, count) over row i, sixteen columns at a time
@@ -48,21 +21,16 @@ template <class Body>
 LLM2CLIP_INLINE void for_each_pair(const DistillTile& tile, int64_t i, const Body& body) {
   const float* s = tile.student + i * tile.cols;
   const float* t = tile.teacher + i * tile.cols;
-  int64_t j = 0;
-  for (; j + kLanes <= tile.cols; j += kLanes) {
-    body(j, logits_of(s + j, tile.scale, kLanes), logits_of(t + j, tile.teacher_scale, kLanes), kLanes);
-  }
-  if (j < tile.cols) {
-    const int64_t left = tile.cols - j;
-    body(j, logits_of(s + j, tile.scale, left), logits_of(t + j, tile.teacher_scale, left), left);
-  }
+  for_each_lane_group(tile.cols, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+    body(j, logits_of(s + j, tile.scale, count), logits_of(t + j, tile.teacher_scale, count), count);
+  });
 }
 
 LLM2CLIP_INLINE void zero(float* values, int64_t count) {
   std::memset(values, 0, count * sizeof(float));
 }
 
-LLM2CLIP_INLINE void sum_body(const DistillSum& a) {
+void sum_rows(const DistillSum& a) {
   const bool columns = a.col_student != nullptr;
   if (columns) {
     zero(a.col_student, a.tile.cols);
@@ -93,17 +61,17 @@ LLM2CLIP_INLINE void sum_body(const DistillSum& a) {
 }
 
 // by how much sums relative to `before` shrink when `after` becomes their maximum
-inline double rescale(float before, float after) {
+LLM2CLIP_INLINE double rescale(float before, float after) {
   return std::exp(static_cast<double>(finite_shift(before)) - finite_shift(after));
 }
 
-inline double kept(double sum, double factor) {
+LLM2CLIP_INLINE double kept(double sum, double factor) {
   // an empty sum stays empty whatever its maximum was
   return sum == 0.0 ? 0.0 : sum * factor;
 }
 
-LLM2CLIP_INLINE void online_body(const DistillOnline& a) {
-  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+void online_rows(const DistillOnline& a) {
+  constexpr float kLowest = -__builtin_inff();
   const DistillTile& tile = a.tile;
   const bool columns = a.col_student != nullptr;
   for (int64_t j = 0; columns && j < tile.cols; ++j) a.col_student_max[j] = a.col_teacher_max[j] = kLowest;
@@ -143,10 +111,8 @@ LLM2CLIP_INLINE void online_body(const DistillOnline& a) {
   zero(a.col_cross, tile.cols);
   for (int64_t i = 0; i < tile.rows; ++i) {
     for_each_pair(tile, i, [&](int64_t j, Floats s, Floats t, int64_t count) __attribute__((always_inline)) {
-      Floats top = get(a.col_student_max + j, count);
-      top = top - top == Floats{} ? top : Floats{};
-      Floats teacher_top = get(a.col_teacher_max + j, count);
-      teacher_top = teacher_top - teacher_top == Floats{} ? teacher_top : Floats{};
+      const Floats top = finite_shift(get(a.col_student_max + j, count));
+      const Floats teacher_top = finite_shift(get(a.col_teacher_max + j, count));
       const Floats w = exp(t - teacher_top);
       add_to(a.col_student + j, exp(s - top), count);
       add_to(a.col_teacher + j, w, count);
@@ -179,7 +145,7 @@ LLM2CLIP_INLINE void grad_body(const DistillGrad& a) {
     // read before G overwrites it
     const float positive_dot = has_positive ? row[positive] : 0.0f;
     Floats scaled{};
-    const auto step = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+    for_each_lane_group(tile.cols, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
       Floats g = weighted<online>(a.student, logits_of(row + j, tile.scale, count), i, j, count);
       if constexpr (teacher) {
         g += weighted<online>(a.teacher, logits_of(teacher_row + j, tile.teacher_scale, count), i, j, count);
@@ -187,10 +153,7 @@ LLM2CLIP_INLINE void grad_body(const DistillGrad& a) {
       // the dot again rather than logit/scale, which is undefined at scale 0
       if (a.scale_gradient != nullptr) scaled += get(row + j, count) * g;
       put(row + j, g, count);
-    };
-    int64_t j = 0;
-    for (; j + kLanes <= tile.cols; j += kLanes) step(j, kLanes);
-    if (j < tile.cols) step(j, tile.cols - j);
+    });
     double gradient = sum(scaled);
     if (has_positive) {
       row[positive] += a.g_pos[i];
@@ -200,7 +163,7 @@ LLM2CLIP_INLINE void grad_body(const DistillGrad& a) {
   }
 }
 
-LLM2CLIP_INLINE void grad_any(const DistillGrad& a) {
+void grad_rows(const DistillGrad& a) {
   if (a.tile.teacher == nullptr) {
     a.online ? grad_body<true, false>(a) : grad_body<false, false>(a);
   } else {
@@ -208,19 +171,8 @@ LLM2CLIP_INLINE void grad_any(const DistillGrad& a) {
   }
 }
 
-#define LLM2CLIP_DISTILL_VARIANT(suffix, target)                            \
-  target void sum_##suffix(const DistillSum& a) { sum_body(a); }            \
-  target void online_##suffix(const DistillOnline& a) { online_body(a); }   \
-  target void grad_##suffix(const DistillGrad& a) { grad_any(a); }          \
-  constexpr DistillKernels k_##suffix{sum_##suffix, online_##suffix, grad_##suffix};
-
-LLM2CLIP_FOR_EACH_INSTRUCTION_SET(LLM2CLIP_DISTILL_VARIANT)
-
 }  // namespace
 
-const DistillKernels& distill_kernels() {
-  static const DistillKernels chosen = LLM2CLIP_FOR_THIS_PROCESSOR(k);
-  return chosen;
-}
+const DistillKernels DistillKernels::LLM2CLIP_INSTRUCTION_SET{sum_rows, online_rows, grad_rows};
 
 }  // namespace llm2clip

@@ -2,9 +2,10 @@
 
 #pragma once
 
-#include "simd_exp.h"
+#include "lanes.h"
 
 namespace llm2clip {
+namespace {
 
 // within 2 ulp on [0, 1], also where 1 + e would round e away; NaN for NaN
 //
@@ -23,4 +24,5 @@ LLM2CLIP_INLINE Floats log1p_of_unit(Floats e) {
   return p * e;
 }
 
+}  // namespace
 }  // namespace llm2clip

@@ -2,23 +2,18 @@
 
 #pragma once
 
-#include "simd_exp.h"
+#include "exp.h"
 
 namespace llm2clip {
+namespace {
 
 // exp(v) for v <= 0 within 2 ulp; not below 1e-38. Anything for NaN, which callers multiply by NaN again.
 LLM2CLIP_INLINE Floats exp_negative(Floats v) {
-  const Floats lowest = broadcast(kExpLowest);
-  return exp_in_range(v > lowest ? v : lowest);
+  return exp_in_range(larger(v, broadcast(kExpLowest)));
 }
 
 LLM2CLIP_INLINE Floats magnitude(Floats v) {
-  Ints bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  bits &= 0x7fffffff;
-  Floats out;
-  std::memcpy(&out, &bits, sizeof(out));
-  return out;
+  return bits_as<Floats>(bits_as<Ints>(v) & 0x7fffffff);
 }
 
 struct Normal {
@@ -44,7 +39,8 @@ LLM2CLIP_INLINE Normal normal(Floats v) {
   p = p * t + 0.15961187726826076f;
   p = p * t + 0.15957665374171015f;
   const Floats above = e * t * p;
-  return {v < 0.0f ? above : 1.0f - above, e * kInverseRoot2Pi};
+  return {select(v < 0.0f, above, 1.0f - above), e * kInverseRoot2Pi};
 }
 
+}  // namespace
 }  // namespace llm2clip
