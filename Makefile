@@ -91,8 +91,9 @@ fmt: install ## format the code
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-docs: install ## write docs/config.md from the settings
+docs: install ## write docs/config.md from the settings, and build the site into site/
 	@$(BIN)/python -m llm2clip.reference
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: install ## CPU benchmarks of the kernels against the peers installed, plots, docs/performance.md
 	@$(BIN)/python -m benchmarks.bench_similarity
@@ -102,8 +103,8 @@ bench: install ## CPU benchmarks of the kernels against the peers installed, plo
 gpu-proof: ## build, check and measure on a CUDA GPU, in the python that holds a CUDA torch
 	@$(PYTHON) -m benchmarks.gpu_proof
 
-wheel: install ## build a wheel into dist/
-	@$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: install ## sdist, CPU wheel and (where nvcc is) CUDA wheel into dist/, each checked, installed and used
+	@$(BIN)/python -m tests.wheels --out dist
 
 clean: ## remove what was built (not .venv, not runs)
-	rm -rf build dist *.egg-info llm2clip/_host*.so kernels/llm2clip_kernels/_C.so
+	rm -rf build dist site *.egg-info llm2clip/_host*.so kernels/llm2clip_kernels/_C.so

@@ -23,7 +23,7 @@ CONFIGURED = {
 }
 COMMANDS = [
     [],
-    *([name] for name in (*CONFIGURED, "demo", "data", "store", "env")),
+    *([name] for name in (*CONFIGURED, "export", "search", "plan", "demo", "data", "store", "env")),
     *(["data", name] for name in ("cataclysm", "openstax", "check")),
     *(["store", name] for name in ("info", "verify", "repair", "convert")),
 ]

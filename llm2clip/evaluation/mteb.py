@@ -38,7 +38,7 @@ class MTEBModel(AbsEncoder):
         name: under which the results are kept, "organisation/model".
         revision: tells results of one name apart.
 
-    Example:
+    Examples:
         >>> import mteb
         >>> model = MTEBModel(JointEncoder.from_pretrained("runs/clip/result", "models/llama"), "me/llm2clip")
         >>> mteb.evaluate(model, mteb.get_tasks(["Flickr30kT2IRetrieval"]))

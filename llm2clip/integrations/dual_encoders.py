@@ -261,7 +261,7 @@ def fuse_clip_loss(model: nn.Module, *, gather: Gather = False) -> FusedClipLoss
     Raises:
         ValueError: there is no such model, or its forward has been replaced already.
 
-    Example:
+    Examples:
         >>> fuse_clip_loss(model)
         >>> Trainer(model=model, args=arguments, train_dataset=pairs).train()
     """

@@ -41,7 +41,7 @@ def patch() -> Handle:
     Returns:
         The handle: `undo()`, or a `with` block.
 
-    Example:
+    Examples:
         >>> patch()
         >>> open_clip_train.main.main(["--dataset-type", "webdataset", ...])
     """

@@ -207,7 +207,7 @@ def fuse_lora(model: nn.Module) -> FusedLora:
     Raises:
         ValueError: the model has no LoRA layer.
 
-    Example:
+    Examples:
         >>> handle = fuse_lora(get_peft_model(model, LoraConfig(target_modules="all-linear")))
     """
     notes = _Notes()

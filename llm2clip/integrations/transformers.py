@@ -135,7 +135,7 @@ class ContrastiveTrainerMixin:
         kind: "softmax", "sigmoid", or None for sigmoid exactly where there is a `logit_bias`.
         gather: whether other ranks' pairs are negatives too: True, False or "ring".
 
-    Example:
+    Examples:
         >>> class ContrastiveTrainer(ContrastiveTrainerMixin, Trainer):
         ...     embeddings = ("query", "document")
     """

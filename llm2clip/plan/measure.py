@@ -24,7 +24,6 @@ from llm2clip.errors import ModelError, UserError
 from llm2clip.training.flops import OWN_OPS
 
 Built = TypeVar("Built", bound=nn.Module)
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -205,8 +204,8 @@ def _with_gradients(module: nn.Module, train: bool) -> Iterator[None]:
 def _autocast(precision: str) -> AbstractContextManager[Any]:
     if precision == "fp32":
         return nullcontext()
-    # fp16 on a CPU is bf16's twin in size
-    return torch.autocast("cpu", dtype=_HALF["bf16"])
+    # fp16 takes what bf16 takes
+    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def _give_device(module: nn.Module, mode: FakeTensorMode) -> None:

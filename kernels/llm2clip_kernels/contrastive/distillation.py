@@ -115,7 +115,7 @@ def distill_loss(
     Raises:
         TypeError, ValueError: inputs that do not fit.
 
-    Example:
+    Examples:
         >>> contrastive, distill = distill_loss(image, text, scale, teacher_image, teacher_text, teacher_scale)
         >>> (contrastive + distill).backward()
     """

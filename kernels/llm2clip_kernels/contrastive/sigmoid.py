@@ -110,7 +110,7 @@ def sigmoid_loss(
     Raises:
         TypeError, ValueError: inputs that do not fit.
 
-    Example:
+    Examples:
         >>> loss = sigmoid_loss(image_features, text_features, logit_scale.exp(), logit_bias)
     """
     check_options("sigmoid_loss", reduction, grad_reduction)

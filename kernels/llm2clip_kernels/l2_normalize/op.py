@@ -101,7 +101,7 @@ def l2_normalize(x: Tensor, *, dtype: torch.dtype | None = None, eps: float = 1e
     Raises:
         TypeError, ValueError: not a floating tensor, no last dimension, a dtype or eps that cannot be.
 
-    Example:
+    Examples:
         >>> text = l2_normalize(features, dtype=torch.bfloat16)
     """
     if not isinstance(x, Tensor):

@@ -203,7 +203,7 @@ def lora_linear(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, with what was expected.
 
-    Example:
+    Examples:
         >>> y = lora_linear(x, base.weight, base.bias, lora_a, lora_b, alpha / rank)
     """
     check_linear(x, weight, bias, lora_a, lora_b, dropout_p)

@@ -114,5 +114,5 @@ def cal_inf_loss(
     return _terms(q, k, labels, scale, "cal_inf_loss", ring).mean()
 
 
-# the same value and gradients, which Inf-CLIP computes without its kernels under this name
 cal_ring_loss = cal_inf_loss
+"""The same value and gradients, which Inf-CLIP computes without its kernels under this name."""

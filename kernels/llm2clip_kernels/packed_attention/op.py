@@ -262,7 +262,7 @@ def packed_attention(
         TypeError, ValueError: shapes, dtypes, cu_seqlens or options that do not fit, with what was expected;
             RuntimeError: the backend asked for cannot serve, with the reason.
 
-    Example:
+    Examples:
         >>> out = packed_attention(q, k, v, torch.tensor([0, 3, 8]), 5, causal=False)
     """
     _check(q, k, v, cu_seqlens, max_seqlen)

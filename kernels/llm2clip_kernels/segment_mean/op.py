@@ -180,7 +180,7 @@ def segment_mean(
             increase from 0 to T, and empty or protruding spans. On a GPU the values are not looked at, which
             would wait for it: an empty segment gives NaN, and nothing out of bounds is touched.
 
-    Example:
+    Examples:
         >>> embeddings = segment_mean(hidden, cu_seqlens, spans=spans, normalize=True)
     """
     _check(hidden, cu_seqlens, spans)

@@ -314,7 +314,7 @@ def similarity_lse(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options that do not fit, with what was expected.
 
-    Example:
+    Examples:
         >>> row, col = similarity_lse(image_features, text_features, logit_scale.exp())
     """
     row, col, _, _ = similarity_lse_with_positives(x, y, scale, directions=directions, method=method)

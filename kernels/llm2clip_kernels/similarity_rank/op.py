@@ -300,7 +300,7 @@ def similarity_rank(
     Raises:
         TypeError, ValueError: inputs that do not fit.
 
-    Example:
+    Examples:
         >>> image_to_text, text_to_image = similarity_rank(image_features, text_features)
         >>> retrieval_metrics(image_to_text)["recall"][1]
     """

@@ -100,7 +100,7 @@ def similarity_rank_stream(
     Raises:
         TypeError, ValueError: inputs that do not fit.
 
-    Example:
+    Examples:
         >>> images = numpy.memmap("images.bin", "float32", "r", shape=(1_000_000, 768))
         >>> of_texts, of_images = similarity_rank_stream(texts, images, x_groups=owner, y_groups=ids)
     """

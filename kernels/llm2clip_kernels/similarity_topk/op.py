@@ -67,7 +67,7 @@ class SimilarityTopK:
         k: 1 to 64.
         groups: (M,) int64; gallery rows of the same id >= 0 are left out. None: nothing is left out.
 
-    Example:
+    Examples:
         >>> best = SimilarityTopK(queries, 10)
         >>> for chunk in chunks:
         ...     best.update(chunk)
@@ -133,7 +133,7 @@ def similarity_topk(
     Raises:
         TypeError, ValueError: inputs that do not fit.
 
-    Example:
+    Examples:
         >>> scores, indices = similarity_topk(text_features, image_features, 10)
     """
     check_pair(x, y, "similarity_topk")
@@ -162,7 +162,7 @@ def similarity_topk_stream(
     Raises:
         TypeError, ValueError: inputs that do not fit, or a gallery without rows.
 
-    Example:
+    Examples:
         >>> gallery = numpy.memmap("features.bin", "float32", "r", shape=(10_000_000, 768))
         >>> scores, indices = similarity_topk_stream(queries, gallery, 10)
     """
