@@ -96,7 +96,7 @@ setup(
     packages=[*find_packages(include=["llm2clip", "llm2clip.*"]), *find_packages("kernels")],
     package_dir={"llm2clip": "llm2clip", "llm2clip_kernels": "kernels/llm2clip_kernels"},
     package_data={
-        "llm2clip": ["py.typed", "demo.yaml", "evaluation/imagenet_templates.txt"],
+        "llm2clip": ["py.typed", "demo.yaml", "evaluation/imagenet_templates.txt", "search/static/*"],
         "llm2clip_kernels": ["py.typed"],
     },
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},

@@ -1,16 +1,18 @@
-"""The command line: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search`."""
+"""Commands: `llm2clip demo | data | finetune-llm | embed | store | train | evaluate | export | search | plan`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llm2clip.errors import UserError
+from llm2clip.training.signals import unwound
 
 Handler = Callable[[argparse.Namespace], int]
 TRAINER_PACKAGES = ("yaml", "transformers", "peft", "PIL", "pyarrow", "tqdm", "safetensors", "matplotlib")
@@ -30,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        _quiet_libraries(args)
-        return args.handler(args)
+        with unwound():
+            _quiet_libraries(args)
+            return args.handler(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):  # the reader of our output went away (`| head`): nothing to report, nobody to tell
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except SystemExit as stop:  # a signal: the step was finished and a checkpoint written
+    except SystemExit as stop:  # a signal: the step was finished, or what was half-written removed
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
@@ -85,6 +88,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     search.add_argument(
         "--images", action="append", help="folder of images, or a source; may be repeated; as images=[...]"
     )
+
+    _add_configured(commands, "plan", "memory, disk and hours of both stages, before anything starts", _plan)
 
     demo = commands.add_parser("demo", help="both stages on a small real dataset, evaluated, with a report")
     demo.add_argument(
@@ -158,7 +163,7 @@ def _embed(args: argparse.Namespace) -> int:
         from llm2clip.embed import embed
 
         store = embed(settings)
-        print(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} embeddings of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -169,7 +174,7 @@ def _embed_images(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_images
 
         store = embed_images(settings)
-        print(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} image features of dimension {store.dim} in {settings.out}")
     return 0
 
 
@@ -180,8 +185,14 @@ def _embed_texts(args: argparse.Namespace) -> int:
         from llm2clip.embed_clip import embed_texts
 
         store = embed_texts(settings)
-        print(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
+        _say(f"{len(store)} caption features of dimension {store.dim} in {settings.out}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Print a result once, however many ranks torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -264,6 +275,16 @@ def _search(args: argparse.Namespace) -> int:
         from llm2clip.search.run import run_search
 
         run_search(settings)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from llm2clip.settings import PlanSettings
+
+    if (settings := _settings(args, PlanSettings)) is not None:
+        from llm2clip.plan.run import run_plan
+
+        return run_plan(settings)
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,17 @@ import yaml
 from llm2clip.errors import ConfigError
 
 S = TypeVar("S")
+_SHOWN = 200  # characters of a text in an error
+# PyYAML lets through what Python raises on impossible dates, numbers and depths
+_NOT_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def load_settings(cls: type[S], path: str | Path | None = None, overrides: Sequence[str] = ()) -> S:
@@ -36,7 +48,7 @@ def load_settings(cls: type[S], path: str | Path | None = None, overrides: Seque
             raise ConfigError(f"override {override!r}: expected name=value, for example optim.lr=1e-3")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as problem:
+        except _NOT_YAML as problem:
             raise ConfigError(
                 f"override {override!r}: the value is not YAML ({_one_line(problem)})"
             ) from None
@@ -52,7 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise ConfigError(f"config file {path} cannot be read: {problem}") from None
-    except yaml.YAMLError as problem:
+    except _NOT_YAML as problem:
         raise ConfigError(f"config file {path} is not YAML: {_one_line(problem)}") from None
     if tree is None:
         return {}
@@ -111,16 +123,17 @@ def type_name(kind: Any) -> str:
 def _build(cls: Any, tree: Any, prefix: str, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(
-            f"{prefix.rstrip('.') or 'config'}{where}: expected a group of settings, got {tree!r}"
+            f"{prefix.rstrip('.') or 'config'}{where}: expected a group of settings, got {_shown(tree)}"
         )
     names = [field.name for field in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in tree.items():
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+            shown = name if isinstance(name, str) and len(name) < _SHOWN else _shown(name)
+            near = difflib.get_close_matches(shown, names, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
-            raise ConfigError(f"unknown setting {prefix}{name}{where}; {hint}")
+            raise ConfigError(f"unknown setting {prefix}{shown}{where}; {hint}")
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value if value is not None else {}, f"{prefix}{name}.", where)
@@ -160,15 +173,20 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
-            # YAML reads 1e-4 (without a dot) as text
+        # YAML reads 1e-4 (without a dot) as text
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
-    raise ConfigError(f"{name}{where}: expected {expected}, got {value!r}")
+    raise ConfigError(f"{name}{where}: expected {expected}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: aliases may make a few lines of YAML a value of gigabytes."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _SHOWN
+    return short.repr(value)
 
 
 def _plain(value: Any) -> Any:

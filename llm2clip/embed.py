@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from llm2clip.errors import ConfigError, DataError
 from llm2clip.files import write_json, write_text
 from llm2clip.progress import Progress
 from llm2clip.settings import EmbedSettings
+from llm2clip.training.signals import exit_status, stop_requested
 from llm2clip.training.world import World, start_world
 
 SUMMARY_NAME, SETTINGS_NAME = "embed.json", "config.yaml"
@@ -97,6 +98,7 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         DataError: too many samples cannot be read, there is no caption, or the data changed meanwhile.
         StoreError: the store was begun with another encoder or other settings.
         UserError: no space left on disk; what was embedded before is kept.
+        SystemExit: 143 after SIGTERM, 130 after SIGINT, 0 after SIGUSR1; what was computed is in the store.
     """
     if not settings.out:
         raise ConfigError(
@@ -115,7 +117,9 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         if world.is_main:
             _drop_damaged(root, settings.verify)
             with _writer(root, settings, encoder) as writer:
-                write_text(root / SETTINGS_NAME, dump_yaml(settings))
+                said, file = dump_yaml(settings), root / SETTINGS_NAME
+                if not file.is_file() or file.read_text(encoding="utf-8") != said:
+                    write_text(file, said)
                 take_over_rank_stores(writer)
                 writer.flush()
                 writer.write_lookup()
@@ -128,8 +132,12 @@ def embed(settings: EmbedSettings, encoder: Encoder | None = None) -> EmbeddingS
         start = time.monotonic()
         own = root if world.is_main else root / f"rank-{world.rank:03d}"
         with _writer(own, settings, encoder) as writer:
-            _encode(writer, wanted, stream, encoder, settings, world, done=unique - missing)
-            writer.flush()
+            with stop_requested() as stopping:
+                _encode(
+                    writer, wanted, stream, encoder, settings, world, done=unique - missing, stopping=stopping
+                )
+                writer.flush()
+                end_if_asked(world, stopping())
             if wanted.left:
                 raise DataError(
                     f"{wanted.left} captions that were there when the job began were not found again: the data "
@@ -186,6 +194,7 @@ def _encode(
     world: World,
     *,
     done: int,
+    stopping: Callable[[], int],
 ) -> None:
     # a window is one commit
     windows = wanted.windows(stream.read(), settings.commit_rows) if len(wanted) else iter(())
@@ -211,7 +220,7 @@ def _encode(
     ):
         written: Future[None] | None = None
         coming = ahead.submit(prepare)
-        while (prepared := coming.result()) is not None:
+        while not stopping() and (prepared := coming.result()) is not None:
             window, tokens = prepared
             coming = ahead.submit(prepare)
             embeddings = encoder.encode_tokens(tokens, token_budget=budget, progress=shown)
@@ -220,6 +229,20 @@ def _encode(
             written = disk.submit(write, window, embeddings)
         if written is not None:
             written.result()
+
+
+def end_if_asked(world: World, signal: int) -> None:
+    """End all ranks when one of them was asked to; each has committed what it computed.
+
+    Args:
+        world: this rank; those that were not asked get here when their share is embedded.
+        signal: number of the signal that this rank got, else 0.
+
+    Raises:
+        SystemExit: with the status that belongs to the signal.
+    """
+    if number := world.max(signal):
+        raise SystemExit(exit_status(number))
 
 
 def _drop_damaged(root: Path, verify: bool) -> None:

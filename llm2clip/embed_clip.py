@@ -6,7 +6,7 @@ they stopped; under `torchrun` each rank embeds its share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from llm2clip.data.loader import BadSamples
 from llm2clip.data.sources import Source, open_source
 from llm2clip.data.store import EmbeddingStore, StoreWriter, repair_store
 from llm2clip.data.store_format import INDEX_NAME
-from llm2clip.embed import embed, take_over_rank_stores
+from llm2clip.data.workers import batches_of
+from llm2clip.embed import embed, end_if_asked, take_over_rank_stores
 from llm2clip.errors import BadSampleError, ConfigError
 from llm2clip.models.clip_teacher import ClipTeacher
 from llm2clip.models.fingerprint import tensors_digest
@@ -30,6 +31,7 @@ from llm2clip.models.vision import VisionTower, build_vision_tower
 from llm2clip.progress import Progress
 from llm2clip.settings import EmbedImagesSettings, EmbedSettings, EmbedTextsSettings
 from llm2clip.training.precision import autocast_of
+from llm2clip.training.signals import stop_requested
 from llm2clip.training.world import World, resolve_device, start_world
 
 
@@ -62,6 +64,7 @@ def embed_images(settings: EmbedImagesSettings) -> EmbeddingStore:
         ConfigError: no output directory or no source is given.
         DataError: too many samples cannot be used.
         StoreError: the store was begun with another model or other settings.
+        SystemExit: as `embed.embed`.
     """
     if not settings.out:
         raise ConfigError(
@@ -83,9 +86,10 @@ def embed_images(settings: EmbedImagesSettings) -> EmbeddingStore:
         images = _Images(source, encoder.transform, settings.views, EmbeddingStore.open(root), world)
         own = root if world.is_main else root / f"rank-{world.rank:03d}"
         with _writer(own, settings, encoder) as writer:
-            _embed_share(writer, images, encoder, settings, world)
-            writer.flush()
-            world.barrier()
+            with stop_requested() as stopping:
+                _embed_share(writer, images, encoder, settings, world, stopping)
+                writer.flush()
+                end_if_asked(world, stopping())
             if world.is_main:
                 take_over_rank_stores(writer)
                 writer.finish()
@@ -239,8 +243,9 @@ def _embed_share(
     encoder: _ImageEncoder,
     settings: EmbedImagesSettings,
     world: World,
+    stopping: Callable[[], int],
 ) -> None:
-    batches: Iterator[_Cuts] = iter(
+    batches: Iterator[_Cuts] = batches_of(
         DataLoader(
             images,
             batch_size=settings.batch_size,
@@ -260,3 +265,5 @@ def _embed_share(
                 features = torch.cat([encoder(part.to(world.device)) for part in parts])
                 writer.add(cuts.addresses, features)
             shown.update(cuts.count)
+            if stopping():
+                return

@@ -7,12 +7,15 @@ synced to disk and renamed. A process killed at any instant leaves either the ol
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from typing import Any
 from llm2clip.errors import UserError
 
 TMP_SUFFIX = ".partial"
+# of Linux's fcntl.h and fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -45,6 +50,21 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
                 f"cannot write {os.fspath(path)}: a part of this path is a file, not a directory. Choose another path."
             ) from error
         raise
+
+
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory and those above it, where they are missing."""
+    with disk_errors(path):
+        os.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """A directory among the machine's temporary files, removed at the end."""
+    with disk_errors(os.path.join(tempfile.gettempdir(), "llm2clip")):
+        made = tempfile.TemporaryDirectory(prefix="llm2clip-")
+    with made as name:
+        yield Path(name)
 
 
 def _os_error(error: BaseException | None) -> int | None:
@@ -100,7 +120,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -135,6 +155,8 @@ def _sync_tree(root: Path) -> None:
 
 
 def _replace_directory(tmp: Path, final: Path) -> None:
+    if final.exists() and _exchanged(tmp, final):
+        return  # the old one has the temporary name now, and is removed with it
     # rename cannot replace a directory that has files: move the old one aside first, so that at every
     # instant one complete copy exists under a name this module knows
     old = final.with_name(final.name + ".old")
@@ -143,6 +165,15 @@ def _replace_directory(tmp: Path, final: Path) -> None:
         os.rename(final, old)
     os.rename(tmp, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one instant; False where the system or the file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    result: int = swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return result == 0
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -162,10 +193,24 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError) 
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{os.fspath(path)} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except OSError as problem:
+        raise error(f"{os.fspath(path)} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:  # not text, not JSON, numbers too long, nested too deep
         raise error(
             f"{os.fspath(path)} is not valid JSON ({problem}); it is damaged or half-copied"
         ) from None
+
+
+def require_regular(path: str | os.PathLike[str]) -> int:
+    """Size in bytes of a regular file; pipes and devices, whose reading may never end, are refused.
+
+    Raises:
+        OSError: there is none, or it is something else.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return found.st_size
 
 
 def file_state(path: str | os.PathLike[str]) -> str:

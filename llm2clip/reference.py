@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from llm2clip.config import iter_fields, type_name
 from llm2clip.settings import (
@@ -15,6 +17,7 @@ from llm2clip.settings import (
     ExportSettings,
     FinetuneLLMSettings,
     LinearProbeSettings,
+    PlanSettings,
     RetrievalSettings,
     SearchSettings,
     TrainSettings,
@@ -34,6 +37,7 @@ COMMANDS: tuple[type, ...] = (
     LinearProbeSettings,
     ExportSettings,
     SearchSettings,
+    PlanSettings,
 )
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -60,10 +64,21 @@ def render() -> str:
     for command in COMMANDS:
         parts.append(f"\n## {(command.__doc__ or '').strip()}\n")
         parts.append("| setting | type | default | meaning |\n|---|---|---|---|")
+        stages = _stages(command)
         for name, kind, default, text in iter_fields(command):
+            if name.partition(".")[0] in stages:
+                continue
             row = (f"`{name}`", _cell(type_name(kind)), f"`{_default(default)}`", _cell(text))
             parts.append(f"| {' | '.join(row)} |")
+        for name, text in stages.items():
+            parts.append(f"| `{name}.*` | settings | | {text} |")
     return "\n".join(parts) + "\n"
+
+
+def _stages(command: type) -> dict[str, str]:
+    """Groups of a command's settings that are another command's, and their help."""
+    hints = get_type_hints(command)
+    return {f.name: str(f.metadata["help"]) for f in fields(command) if hints[f.name] in COMMANDS}
 
 
 def _cell(text: str) -> str:

@@ -17,12 +17,15 @@ CONTEXT = 10
 
 
 def clip_tokenizer() -> Any:
-    """A byte-level tokenizer that puts `<s>` before and `</s>` after a text, as CLIP's does."""
+    """A byte-level tokenizer that puts `<s>` before and its last token after a text, as CLIP's does."""
     from tokenizers import processors
 
     tokenizer = tiny_tokenizer()
+    # an id of its own: 2, that of `</s>`, would mean the last id of all, as in OpenAI's first configurations
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A <|endoftext|>",
+        special_tokens=[("<s>", 1), ("<|endoftext|>", tokenizer.eos_token_id)],
     )
     return tokenizer
 
@@ -43,15 +46,18 @@ def save_clip(folder: Path, kind: str = "clip", dim: int = 6, **vision: Any) -> 
     }
     torch.manual_seed(5)
     sizes = {**TINY, **vision}
+    tokenizer = clip_tokenizer()
     if kind == "clip":
-        # 2 would mean the last id of all, as in OpenAI's first configurations
         config = transformers.CLIPConfig(
-            text_config={**text, "eos_token_id": 299}, vision_config=sizes, projection_dim=dim
+            text_config={**text, "eos_token_id": tokenizer.eos_token_id},
+            vision_config=sizes,
+            projection_dim=dim,
         )
         model = transformers.CLIPModel(config)
     else:
         config = transformers.SiglipConfig(
-            text_config={**text, "eos_token_id": 2, "projection_size": 16}, vision_config=sizes
+            text_config={**text, "eos_token_id": tokenizer.eos_token_id, "projection_size": 16},
+            vision_config=sizes,
         )
         model = transformers.SiglipModel(config)
     with torch.no_grad():
@@ -59,7 +65,7 @@ def save_clip(folder: Path, kind: str = "clip", dim: int = 6, **vision: Any) -> 
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     model.eval().save_pretrained(folder)
-    clip_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model
 
 

@@ -44,7 +44,9 @@ def images_job(kit: Kit, out: Path, **more: Any) -> EmbedImagesSettings:
         "out": str(out),
         "device": "cpu",
     }
-    return from_tree(EmbedImagesSettings, tree | {"dtype": "fp32", "batch_size": 7} | more)
+    return from_tree(
+        EmbedImagesSettings, tree | {"dtype": "fp32", "precision": "fp32", "batch_size": 7} | more
+    )
 
 
 def texts_job(kit: Kit, out: Path) -> EmbedTextsSettings:
@@ -80,7 +82,7 @@ def test_stored_image_features_are_the_models_own(kit: Kit, stores: dict[str, st
     assert len(store) == len(source) == 40 and store.complete and store.dim == 8
     model = CLIPModel.from_pretrained(kit.root / "clip").eval()
     mean, std = (0.5, 0.4, 0.3), (0.3, 0.2, 0.25)
-    transform = ImageTransform(8, mean, std, fit="crop")
+    transform = ImageTransform(8, mean, std, fit="crop", interpolation="bicubic")
     samples = [source[i] for i in (0, 7, 39)]
     pixels = torch.stack([transform(decode_image(sample.image or b"")) for sample in samples])
     with torch.no_grad():

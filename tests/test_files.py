@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from llm2clip import files
 from llm2clip.errors import CheckpointError, UserError
 from llm2clip.files import atomic_path, read_json, sha256_file, write_json, write_text
 from llm2clip.training import checkpoint
@@ -59,6 +60,28 @@ def test_an_exception_leaves_the_old_one(tmp_path: Path) -> None:
             raise error
     assert (tmp_path / "file").read_text() == "old" and contents(tmp_path / "folder") == {"old"}
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_is_replaced_in_one_instant_where_the_system_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    names: list[str] = []
+    rename = os.rename
+
+    def watched(source: Path, target: Path) -> None:
+        names.append(Path(source).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watched)
+    if not exchange:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    for text in ("old", "new"):
+        with atomic_path(tmp_path / "folder") as tmp:
+            fill(tmp, text)
+    assert contents(tmp_path / "folder") == {"new"} and os.listdir(tmp_path) == ["folder"]
+    # moved aside, the name is gone for a moment
+    assert ("folder" in names) == (not exchange)
 
 
 def _write_for_ever(root: Path) -> None:

@@ -140,7 +140,8 @@ def test_cliptext_is_the_models_own_and_begins_with_its_projection(tmp_path: Pat
         assert model.clip_text is not None and model.clip_text.context == CONTEXT
         texts = ["a dog", "a caption that is far too long for ten tokens"]
         tokens = model.clip_text.tokenize(texts)
-        assert tokens.input_ids.shape == (2, CONTEXT) and tokens.input_ids[1, -1] == 2
+        end = model.clip_text.tokenizer.eos_token_id
+        assert tokens.input_ids.shape == (2, CONTEXT) and tokens.input_ids[1, -1] == end
         kwargs = {"input_ids": tokens.input_ids}
         if kind == "clip":
             kwargs["attention_mask"] = tokens.attention_mask
@@ -150,6 +151,7 @@ def test_cliptext_is_the_models_own_and_begins_with_its_projection(tmp_path: Pat
         parts = {name.split(".")[0] for name in model.clip_text.model.state_dict()}
         assert parts - {"head"} == {"embeddings", "encoder", "final_layer_norm"}
         pooled = model.clip_text(tokens)
+        assert not torch.allclose(pooled[0], pooled[1], atol=1e-2)  # the last token has seen the text
         if kind == "clip":
             # six dimensions on both sides: CLIP's own projection is kept
             torch.testing.assert_close(model.get_clip_text_features(tokens), expected, atol=1e-5, rtol=1e-5)

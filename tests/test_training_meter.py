@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip.data.loader import Position
-from llm2clip.errors import ConfigError, DataError
+from llm2clip.errors import ConfigError, DataError, TrainingError
 from llm2clip.models.adapter import TextAdapter
 from llm2clip.settings import RunSettings
 from llm2clip.training import flops
@@ -214,6 +215,16 @@ def test_a_loader_that_fails_ends_the_fetch() -> None:
 
     with pytest.raises(DataError, match="gone"):
         Meter(ALONE).fetch(failing())
+
+
+def test_data_that_ends_or_cannot_be_used_ends_the_run() -> None:
+    with pytest.raises(TrainingError, match="ended before the run"):
+        Meter(ALONE).fetch(iter(()))
+    empty = itertools.repeat((Position(0, 1), []))
+    some = itertools.chain(itertools.islice(empty, 99), [(Position(0, 2), [1])])
+    assert Meter(ALONE).fetch(some) == (Position(0, 2), [1])
+    with pytest.raises(TrainingError, match="100 batches in a row"):
+        Meter(ALONE).fetch(empty)
 
 
 def test_sigusr1_saves_and_ends_well(tmp_path: Path) -> None:

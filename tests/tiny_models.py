@@ -107,6 +107,9 @@ def save_tiny_clip(folder: Path, *, siglip: bool = False, dim: int = 8, seed: in
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    preprocessing = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.25], "do_center_crop": True}
+    preprocessing = {
+        "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.25], "resample": 3,
+        "size": {"shortest_edge": 8}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8},
+    }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder

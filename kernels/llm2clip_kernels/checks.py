@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -11,6 +11,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of sums and results for inputs of `dtype`: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_plain(t: Tensor) -> bool:
+    """Returns whether an op may read a tensor's memory: sharded and quantised ones are subclasses that may not be.
+
+    Tensors without values, with which memory is planned, stand for plain ones; not so where a program is exported,
+    which would then hold our ops.
+    """
+    kind = type(t)
+    if kind in (Tensor, nn.Parameter):
+        return True
+    without_values = kind.__module__ == "torch._subclasses.fake_tensor"
+    return without_values and not torch.compiler.is_compiling()
 
 
 def native_rows(t: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import re
 import statistics
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from llm2clip.data.game_data import (
 )
 from llm2clip.data.shards import ShardWriter
 from llm2clip.errors import DataError
-from llm2clip.files import read_json, write_json, write_text
+from llm2clip.files import make_directory, read_json, temporary_directory, write_json, write_text
 from llm2clip.progress import Progress
 
 PACKAGE = "cataclysm-dda-data"
@@ -113,13 +112,13 @@ def build_cataclysm(
                 f"now {options}); choose another directory or remove that one"
             )
         return finished
-    with tempfile.TemporaryDirectory(prefix="llm2clip-") as work:
-        file = Path(package) if package is not None else download_package(PACKAGE, Path(work))
-        count = unpack_package(file, Path(work) / "files", _needed)
-        roots = sorted((Path(work) / "files").rglob("tile_config.json"))
+    with temporary_directory() as work:
+        file = Path(package) if package is not None else download_package(PACKAGE, work)
+        count = unpack_package(file, work / "files", _needed)
+        roots = sorted((work / "files").rglob("tile_config.json"))
         if not count or not roots:
             raise DataError(f"{file} has no tilesets inside; expected the Debian package {PACKAGE}")
-        return _build(out, Path(work) / "files", file.name, options)
+        return _build(out, work / "files", file.name, options)
 
 
 def _needed(path: str) -> bool:
@@ -142,7 +141,7 @@ def _build(out: Path, files: Path, package: str, options: dict[str, Any]) -> dic
     # a fixed pseudo-random order mixes kinds and tilesets within every shard
     pictures.sort(key=lambda picture: _hash(f"{picture.tile}\0{picture.tileset}"))
     val_groups = _held_out(set(groups.values()), options["val_share"])
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for stale in [*out.glob("train-*.tar"), *out.glob("val-*.tar")]:
         stale.unlink()
     writers = {split: ShardWriter(out, split, options["shard_samples"]) for split in ("train", "val")}

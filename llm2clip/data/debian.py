@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from llm2clip.errors import DataError
-from llm2clip.files import disk_errors
+from llm2clip.files import disk_errors, make_directory
 
 AR_MAGIC = b"!<arch>\n"
 
@@ -75,7 +75,7 @@ def unpack_package(package: Path, target: Path, keep: Callable[[str], bool]) -> 
                 content = tar.extractfile(member)
                 assert content is not None
                 destination = target / path
-                destination.parent.mkdir(parents=True, exist_ok=True)
+                make_directory(destination.parent)
                 with disk_errors(destination), content, open(destination, "wb") as out:
                     shutil.copyfileobj(content, out)
                 count += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import MAX_MEMBER_BYTES
 from llm2clip.errors import BadSampleError, DataError
-from llm2clip.files import file_state
+from llm2clip.files import file_state, require_regular
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -50,7 +50,7 @@ class ImageFolder:
         name = self._names[index]
         path = self._root / name
         try:
-            size = path.stat().st_size
+            size = require_regular(path)
             if size > self._max_bytes:
                 raise BadSampleError(name, f"it has {size} bytes, more than the {self._max_bytes} allowed")
             return Sample(name, {}, path.read_bytes(), name)

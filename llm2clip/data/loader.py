@@ -18,6 +18,7 @@ from llm2clip.data.mixture import Mixture
 from llm2clip.data.order import EpochOrder, SourceBatches, batch_indices
 from llm2clip.data.sample import Sample
 from llm2clip.data.sources import Source
+from llm2clip.data.workers import batches_of
 from llm2clip.errors import BadSampleError, DataError
 
 log = logging.getLogger("llm2clip.data")
@@ -165,7 +166,7 @@ class Loader:
         if self._workers == 0:
             results: Iterator[_Result] = _ahead(self._reader.__getitems__, self._requests(), self._pieces)
         else:
-            results = iter(
+            results = batches_of(
                 DataLoader(
                     self._reader,
                     batch_sampler=_Requests(self),

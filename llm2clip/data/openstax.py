@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from llm2clip.data.cnxml import Figure, read_book
 from llm2clip.data.images import decode_image
 from llm2clip.data.shards import ShardWriter
 from llm2clip.errors import BadSampleError, DataError
-from llm2clip.files import read_json, write_json, write_text
+from llm2clip.files import make_directory, read_json, temporary_directory, write_json, write_text
 from llm2clip.progress import Progress
 
 BASE_URL = "https://github.com/openstax/"
@@ -111,7 +110,7 @@ def build_openstax(
                 "choose another directory or remove it"
             )
         return finished
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     for stale in [*out.glob("train-*.tar"), *out.glob("val-*.tar")]:
         stale.unlink()
     writers = {split: ShardWriter(out, split, shard_samples) for split in ("train", "val")}
@@ -142,14 +141,14 @@ def build_openstax(
 def _add_book(
     book: Book, writer: ShardWriter, side: int, base_url: str, seen: set[str], bad: list[str]
 ) -> int:
-    with tempfile.TemporaryDirectory(prefix="llm2clip-") as work:
-        root = Path(work) / book.repository
+    with temporary_directory() as work:
+        root = work / book.repository
         clone(base_url + book.repository, book.commit, root)
         figures, problems = read_book(root)
         bad += problems
         editions: dict[str, dict[str, Figure]] = {}
         for language, repository, commit in book.translations:
-            edition = Path(work) / repository
+            edition = work / repository
             clone(base_url + repository, commit, edition)
             translated, problems = read_book(edition)
             bad += problems
@@ -228,7 +227,7 @@ def clone(url: str, commit: str, target: Path) -> None:
             f"git is needed to fetch {url}, but there is none on this machine; install git. {instead}"
         )
     print(f"fetching {url} at {commit[:12]}", file=sys.stderr, flush=True)
-    target.mkdir(parents=True)
+    make_directory(target)
     steps = (
         ["init", "--quiet"],
         ["fetch", "--quiet", "--depth", "1", url, commit],

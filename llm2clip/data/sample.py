@@ -18,6 +18,7 @@ META_FIELDS = frozenset(
         "source", "split", "status", "tileset", "url", "width",
     }
 )  # fmt: skip
+_DEPTH = 32  # objects inside each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,9 @@ def sample_from_record(key: str, record: Mapping[str, Any], image: bytes | None)
 
     Strings and lists of strings are captions unless their name is one of `META_FIELDS`; objects are
     flattened with dots; empty texts are dropped. The group is the entry `group`, else the key.
+
+    Raises:
+        BadSampleError: objects are nested too deep, or the group is no single value.
     """
     captions: dict[str, tuple[str, ...]] = {}
     meta: dict[str, Any] = {}
@@ -60,19 +64,30 @@ def sample_from_record(key: str, record: Mapping[str, Any], image: bytes | None)
         if name in META_FIELDS:
             meta[name] = value
         else:
-            _sort_entry(name, value, captions, meta)
+            _sort_entry(key, name, value, captions, meta)
     group = record.get("group")
+    if isinstance(group, (Mapping, list, tuple)):
+        raise BadSampleError(key, f"its group is a {type(group).__name__}, expected text or a number")
     return Sample(key, captions, image, key if group in (None, "") else str(group), meta)
 
 
-def _sort_entry(name: str, value: Any, captions: dict[str, tuple[str, ...]], meta: dict[str, Any]) -> None:
+def _sort_entry(
+    key: str,
+    name: str,
+    value: Any,
+    captions: dict[str, tuple[str, ...]],
+    meta: dict[str, Any],
+    depth: int = 0,
+) -> None:
     if isinstance(value, str):
         texts: tuple[str, ...] = (value,)
     elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
         texts = tuple(value)
     elif isinstance(value, Mapping):
+        if depth >= _DEPTH:
+            raise BadSampleError(key, f"its fields are nested more than {_DEPTH} deep")
         for inner, item in value.items():
-            _sort_entry(f"{name}.{inner}", item, captions, meta)
+            _sort_entry(key, f"{name}.{inner}", item, captions, meta, depth + 1)
         return
     else:
         meta[name] = value

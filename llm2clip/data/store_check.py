@@ -14,6 +14,7 @@ from llm2clip.data.store_format import (
     LookupEntry,
     ShardEntry,
     StoreIndex,
+    not_finite_blocks,
     wrong_blocks,
 )
 from llm2clip.data.store_lookup import AddressTable, as_digests, count_doubles
@@ -119,7 +120,7 @@ def verify_store(path: str | os.PathLike[str], *, checksums: bool = True) -> Sto
 def check_shard(
     root: Path, entry: ShardEntry, dim: int, dtype: StoreDtype, *, checksum: bool = True
 ) -> Damage | None:
-    """What is wrong with a shard, or None: presence, size, header, shapes and (if asked) its SHA-256."""
+    """What is wrong with a shard, or None: presence, size, header, shapes and (if asked) SHA-256 and values."""
     path = root / entry.file
     everything = ((0, entry.rows),)
     try:
@@ -127,16 +128,20 @@ def check_shard(
         check_tensors(path, {name: spec for name, (spec, _) in layout.items()}, entry, dim, dtype)
     except StoreError as problem:
         return Damage(str(problem), everything)
-    if not checksum or sha256_file(path) == entry.sha256:
+    if not checksum:
         return None
-    blocks = wrong_blocks(map_tensors(path), entry.rows)
+    tensors, same = map_tensors(path), sha256_file(path) == entry.sha256
+    # checksums say that nothing changed since it was written, not that it was written well
+    blocks = not_finite_blocks(tensors, dtype) if same else wrong_blocks(tensors, entry.rows)
     if not len(blocks):
         # the damage lies in the header or among the checksums themselves: nothing but the file tells
-        return Damage("its content does not match its checksum, but every row does")
+        return None if same else Damage("its content does not match its checksum, but every row does")
     edges = np.flatnonzero(np.diff(blocks) > 1) + 1
     ranges = [(int(part[0]), int(part[-1]) + 1) for part in np.split(blocks, edges)]
     rows = tuple((start * BLOCK_ROWS, min(stop * BLOCK_ROWS, entry.rows)) for start, stop in ranges)
-    return Damage("its content does not match its checksum", rows)
+    return Damage(
+        "its content does not match its checksum" if not same else "it holds NaN or infinite values", rows
+    )
 
 
 def _check_lookup(root: Path, entry: LookupEntry, checksum: bool) -> Damage | None:

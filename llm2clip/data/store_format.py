@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ BLOCK_ROWS = 1024
 SCALED: tuple[StoreDtype, ...] = ("int8", "fp8")
 """Formats with one fp32 scale a row."""
 
+_FILE = re.compile(r"(part|shard|lookup)-\d{1,18}\.safetensors")
 _SAFETENSORS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8", "fp8": "F8_E4M3"}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -142,6 +144,26 @@ def wrong_blocks(tensors: Mapping[str, npt.NDArray[Any]], rows: int) -> npt.NDAr
     return np.flatnonzero(checks.values != tensors["checks"])
 
 
+def not_finite_blocks(tensors: Mapping[str, npt.NDArray[Any]], dtype: StoreDtype) -> npt.NDArray[np.int64]:
+    """Numbers of the blocks in which a value, or a row's scale, is NaN or infinite."""
+    values = tensors["embeddings"]
+    bad = np.zeros(len(values), bool)
+    for start in range(0, len(values), BLOCK_ROWS):
+        block = values[start : start + BLOCK_ROWS]
+        if dtype == "bf16":
+            wrong = (block & 0x7F80) == 0x7F80  # all bits of the exponent
+        elif dtype == "fp8":
+            wrong = (block & 0x7F) == 0x7F
+        elif dtype == "int8":
+            break
+        else:
+            wrong = ~np.isfinite(block)
+        bad[start : start + BLOCK_ROWS] = wrong.any(axis=1)
+    if "scales" in tensors:
+        bad |= ~np.isfinite(tensors["scales"])
+    return np.unique(np.flatnonzero(bad) // BLOCK_ROWS)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One file of the store."""
@@ -151,15 +173,19 @@ class ShardEntry:
     bytes: int
     sha256: str
 
+    def require_valid(self) -> None:
+        """Raise ValueError for an entry that no store has: names become paths that a repair removes."""
+        if not _FILE.fullmatch(self.file):
+            raise ValueError(f"{self.file!r} is not the name of a file of a store")
+        if any(type(number) is not int or number < 0 for number in (self.rows, self.bytes)):
+            raise ValueError(f"{self.file} has {self.rows!r} rows and {self.bytes!r} bytes")
+        if not isinstance(self.sha256, str):
+            raise ValueError(f"{self.file} has no checksum")
+
 
 @dataclass(frozen=True, slots=True)
-class LookupEntry:
+class LookupEntry(ShardEntry):
     """The table of addresses of the first `rows` captions (see `store_lookup.AddressTable`)."""
-
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(slots=True)
@@ -233,9 +259,11 @@ class StoreIndex:
                 raise StoreError(
                     f"{path}: dtype {content['dtype']!r} is none of {', '.join(get_args(StoreDtype))}"
                 )
-            lookup = content.get("lookup")
-            return cls(
-                dim=int(content["dim"]),
+            lookup, dim = content.get("lookup"), content["dim"]
+            if type(dim) is not int or dim < 1:
+                raise StoreError(f"{path}: dim {dim!r} is not a number of values")
+            index = cls(
+                dim=dim,
                 dtype=content["dtype"],
                 fingerprint=dict(content["fingerprint"]),
                 complete=bool(content["complete"]),
@@ -244,7 +272,10 @@ class StoreIndex:
                 serial=int(content.get("serial", 0)),
                 lookup=LookupEntry(**lookup) if lookup else None,
             )
-        except (KeyError, TypeError, ValueError) as problem:
+            for entry in (*index.shards, *([index.lookup] if index.lookup else [])):
+                entry.require_valid()
+            return index
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             if isinstance(problem, StoreError):
                 raise
             raise StoreError(f"{path} is damaged: {problem!r}") from None

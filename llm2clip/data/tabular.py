@@ -13,7 +13,7 @@ import numpy as np
 
 from llm2clip.data.sample import META_FIELDS, Sample, parse_json_record, sample_from_record
 from llm2clip.errors import BadSampleError, DataError
-from llm2clip.files import file_state
+from llm2clip.files import file_state, require_regular
 
 # columns that may name or hold the image, in order of preference
 IMAGE_COLUMNS = (
@@ -107,7 +107,7 @@ class _Table:
             raise BadSampleError(key, f"its image is a {type(cell).__name__}, expected a path or bytes")
         path = folder / cell
         try:
-            size = path.stat().st_size
+            size = require_regular(path)
             if size > self._max_image_bytes:
                 raise BadSampleError(
                     key, f"its image {cell} has {size} bytes, more than the {self._max_image_bytes} allowed"

@@ -124,10 +124,12 @@ def tensor_layout(
             for name, entry in header.items():
                 spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
                 start, stop = entry["data_offsets"]
+                if not all(type(number) is int and number >= 0 for number in (*spec.shape, start, stop)):
+                    raise ValueError(f"tensor {name!r} has an impossible shape or place")
                 if stop - start != spec.nbytes or start < 0 or 8 + length + stop > size:
                     raise ValueError(f"tensor {name!r} lies outside the file")
                 layout[name] = (spec, 8 + length + start)
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             raise StoreError(f"{file} is damaged: its header is not valid safetensors ({problem})") from None
     return layout
 
@@ -159,5 +161,5 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
             yield handle
     except FileNotFoundError:
         raise StoreError(f"{file} is missing") from None
-    except PermissionError:
-        raise StoreError(f"{file} cannot be read: permission denied") from None
+    except OSError as problem:
+        raise StoreError(f"{file} cannot be read: {problem.strerror}") from None

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.data.images import decode_image
+from llm2clip.data.workers import batches_of
 from llm2clip.errors import BadSampleError, DataError
 from llm2clip.evaluation.datasets.base import ImageReader
 from llm2clip.evaluation.encoders.base import DualEncoder
@@ -93,7 +94,7 @@ def encode_images(
         )
         title = f"{encoder.label}, {what}: images"
         with Progress(len(rows), title, "images", enabled=cache.world.is_main) as shown:
-            for pixels, problems in loader:
+            for pixels, problems in batches_of(loader):
                 features = encoder.encode_images(pixels, layer).cpu()
                 bad = [number for number, problem in enumerate(problems) if problem]
                 features[bad] = torch.nan

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from llm2clip_kernels import lora_add, lora_linear
+from llm2clip_kernels.checks import is_plain
 
 from .handle import Handle
 
@@ -52,8 +53,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _plain(weight: Any) -> bool:
-    # sharded and quantised parameters are subclasses of Tensor
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+    return is_plain(weight) and weight.dtype in _FLOATS
 
 
 class _Fused:

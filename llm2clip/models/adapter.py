@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from llm2clip.errors import ModelError
 from llm2clip_kernels import adapter_block, l2_normalize
 from llm2clip_kernels.adapter import layer_norm_linear
+from llm2clip_kernels.checks import is_plain
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -31,8 +32,8 @@ def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
     # a forward on the instance is how accelerate attaches its hooks
     if hooks or module._backward_pre_hooks or "forward" in module.__dict__:
         return False
-    # sharded and quantised weights (DTensor, torchao) are subclasses that only torch's own layers know
-    return all(p is None or type(p) in (Tensor, nn.Parameter) for p in module._parameters.values())
+    # sharded and quantised weights (DTensor, torchao) are known to torch's own layers alone
+    return all(p is None or is_plain(p) for p in module._parameters.values())
 
 
 class ResidualBlock(nn.Module):

@@ -22,6 +22,7 @@ from llm2clip.models.lora import adapter_tensors, base_model, base_tensors
 from llm2clip.models.quantization import is_quantized
 
 _NAME = "default"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     from peft import LoraConfig, PeftConfig, TaskType
     from peft.utils import load_peft_weights
 
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        # peft would look for it on a model hub
+        raise ModelError(f"{folder} has neither {' nor '.join(_WEIGHTS)}; the adapter is incomplete")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = load_peft_weights(str(folder), device="cpu")
@@ -76,7 +80,16 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise ModelError(f"cannot read the adapter in {folder}: {type(error).__name__}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{folder} holds a {config.peft_type} adapter; only LoRA adapters are supported")
+    ranks = [tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name and tensor.ndim > 1]
+    said = [config.r, *(config.rank_pattern or {}).values()]
+    if not all(isinstance(rank, int) and 0 < rank <= max(ranks, default=0) for rank in said):
+        raise ModelError(
+            f"{folder / 'adapter_config.json'} says rank {max(said, key=str)}, the adapter's weights have "
+            f"{max(ranks, default='none')}; it is damaged or belongs to another adapter"
+        )
     config.inference_mode = True
+    # peft would import the module that the file names
+    config.megatron_config = None
     # what is adapted here is the decoder without a head, whatever the adapter was trained through
     config.task_type, config.auto_mapping = TaskType.FEATURE_EXTRACTION, None
     return Adapter(folder, config, tensors, dict(read_encoder_config(folder).get("base") or {}))

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_HASHING = 2  # threads
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
@@ -33,10 +36,15 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype 
     rounded to bf16 equal the same weights loaded as bf16.
     """
     named = sorted(tensors, key=lambda item: item[0])
-    with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter lock
-        digests = list(
-            pool.map(lambda item: tensor_digest(item[1] if dtype is None else item[1].to(dtype)), named)
-        )
+    digests: list[bytes] = []
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(_HASHING) as pool:  # hashing releases the interpreter lock
+        for _, tensor in named:
+            # cast here, as torch has threads of its own for that, and a few at a time, as casts take memory
+            waiting.append(pool.submit(tensor_digest, tensor if dtype is None else tensor.detach().to(dtype)))
+            if len(waiting) > _HASHING:
+                digests.append(waiting.popleft().result())
+        digests += [future.result() for future in waiting]
     total = hashlib.blake2b(digest_size=16)
     for (name, _), digest in zip(named, digests, strict=True):
         total.update(name.encode() + b"\0" + digest)

@@ -16,7 +16,13 @@ from llm2clip.files import read_json
 from llm2clip.models.hf_vision import HFVision
 from llm2clip.models.positions import resized_state
 from llm2clip.models.preprocessing import Preprocessing, read_preprocessor
-from llm2clip.models.weights import check_names, one_tensor, skip_random_init
+from llm2clip.models.weights import (
+    check_names,
+    one_tensor,
+    require_plausible,
+    skip_random_init,
+    weight_files,
+)
 from llm2clip.settings import VisionPooling, VisionSettings
 
 _POOLERS = ("pooler.", "head.")
@@ -66,6 +72,7 @@ def load_hf_vision(
         if hasattr(config, "image_size"):
             config.image_size = size
         return HFVision(vision_class(config)(config), size, pooling)
+    require_plausible(config, weight_files(place), os.fspath(place))
     try:
         model, report = vision_class(config).from_pretrained(
             place, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True

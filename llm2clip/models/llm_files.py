@@ -13,6 +13,7 @@ from llm2clip.errors import ModelError
 from llm2clip.files import atomic_path, read_json
 from llm2clip.models.llm_layouts import llm2vec_options, llm_config, refuse_adapter_alone
 from llm2clip.models.quantization import quantized_loading
+from llm2clip.models.weights import require_plausible, weight_files
 from llm2clip.settings import Quantization
 
 ENCODER_CONFIG = "llm2clip_config.json"
@@ -46,7 +47,7 @@ def load_llm(
     """
     folder = Path(path)
     _check_folder(folder, gguf_file)
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     # never asked: what a checkpoint brings as code is not run
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -55,8 +56,10 @@ def load_llm(
     where = folder / gguf_file if gguf_file else folder
     quantized = quantized_loading(quantization, dtype, device, gguf_file)
     try:
-        if gguf_file is None:
-            source["config"] = llm_config(folder)
+        config = llm_config(folder) if gguf_file is None else AutoConfig.from_pretrained(folder, **source)
+        files = [folder / gguf_file] if gguf_file else weight_files(folder)
+        require_plausible(config, files, os.fspath(where))
+        source["config"] = config
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         model, report = AutoModel.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **source, **quantized

@@ -69,7 +69,10 @@ def _read_directory(place: Path) -> dict[str, Tensor]:
             return read_tensors(place / name)
         index = place / f"{name}.index.json"
         if index.is_file():
-            shards = read_json(index, ModelError).get("weight_map", {})
+            content = read_json(index, ModelError)
+            shards = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ModelError(f"{index} is damaged: expected a weight_map from names to files")
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
                 if os.path.basename(shard) != shard:
@@ -98,8 +101,10 @@ def _read_pickle(place: Path) -> dict[str, Tensor]:
             f"{place} is refused: it holds more than tensors, and reading that could run code of whoever made it "
             f"({reason}). Save the state dict alone, as safetensors, where the file comes from."
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ModelError(f"{place} is damaged or half-copied: {error}") from error
+    except Exception as error:  # a damaged pickle ends in nearly any exception
+        raise ModelError(
+            f"{place} is damaged or half-copied: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     for key in _INSIDE:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -116,6 +121,31 @@ def _read_pickle(place: Path) -> dict[str, Tensor]:
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name[len(wrapper) :]: tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of a transformers directory."""
+    return [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+
+
+def require_plausible(config: Any, files: Sequence[Path], where: str) -> None:
+    """Refuse a configuration of a larger model than the files can hold, before anything is built from it.
+
+    A layer has at least one vector of the model's width, the vocabulary one row a token, a weight at least one bit.
+
+    Raises:
+        ModelError: the sizes contradict each other.
+    """
+    text = config.get_text_config()
+    size = sum(file.stat().st_size for file in files)
+    width = getattr(text, "hidden_size", 1)
+    for name in ("num_hidden_layers", "vocab_size"):
+        count = getattr(text, name, 0)
+        if size and isinstance(count, int) and isinstance(width, int) and count * max(width, 1) > 8 * size:
+            raise ModelError(
+                f"{where} says that its model has {name}={count} and a width of {width}, more than its {size} bytes of "
+                "weights can hold; the configuration is damaged or belongs to another model"
+            )
 
 
 def one_tensor(folder: Path, name: str) -> Tensor | None:

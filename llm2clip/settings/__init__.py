@@ -47,6 +47,7 @@ from llm2clip.settings.model import (
     VisionPooling,
     VisionSettings,
 )
+from llm2clip.settings.plan import PlanSettings
 from llm2clip.settings.run import OptimSettings, RunSettings
 from llm2clip.settings.search import SearchSettings
 
@@ -79,6 +80,7 @@ __all__ = [
     "Objective",
     "OptimSettings",
     "PairSettings",
+    "PlanSettings",
     "Pooling",
     "Precision",
     "Quantization",

@@ -12,10 +12,11 @@ weights spread in another way.
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ from llm2clip.training.ema import WeightAverage
 from llm2clip.training.parallel import full_tensor, sharded_like
 
 TENSORS, AVERAGE, OPTIMIZER, META = "trainable.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
+
+
+_NAME = re.compile(r"step_\d{8,18}")
+# bytes of these are read; what a foreign meta.json names besides is none of ours
+_FILES = (TENSORS, AVERAGE, OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,17 @@ def latest(directory: Path) -> Path | None:
     pointer = directory / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise CheckpointError(
+            f"{pointer} cannot be read ({problem}); write the name of a checkpoint into it"
+        ) from None
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{pointer} holds {name[:80]!r}, expected the name of a checkpoint beside it, as step_00000200"
+        )
+    path = pointer.parent / name
     if not path.is_dir():
         # killed between the two renames that replace a directory of the same step: the old one is complete
         aside = path.with_name(path.name + ".old")
@@ -156,15 +172,7 @@ def load(
     Raises:
         CheckpointError: a file is damaged, or names or shapes differ from the module's.
     """
-    meta: dict[str, Any] = read_json(path / META, CheckpointError)
-    try:
-        progress = Progress(**meta["progress"])
-        checksums = {TENSORS: meta["sha256"][TENSORS], OPTIMIZER: meta["sha256"][OPTIMIZER], **meta["sha256"]}
-        scale: dict[str, Any] = dict(meta.get("scaler", {}))
-    except (KeyError, TypeError) as problem:
-        raise CheckpointError(
-            f"{path / META} is not that of a checkpoint ({type(problem).__name__}: {problem})"
-        ) from None
+    progress, checksums, scale = _read_meta(path / META)
     for name, expected in checksums.items():
         if not (path / name).exists() or sha256_file(path / name) != expected:
             raise CheckpointError(
@@ -186,24 +194,52 @@ def load(
     return progress
 
 
+def _read_meta(file: Path) -> tuple[Progress, dict[str, str], dict[str, Any]]:
+    """Progress, checksums by file name, and state of the scaler."""
+    meta: dict[str, Any] = read_json(file, CheckpointError)
+    try:
+        progress = Progress(**meta["progress"])
+        seconds, *counts = (
+            getattr(progress, name) for name in ("seconds", "step", "epoch", "batch", "samples")
+        )
+        if not isinstance(seconds, (int, float)) or any(
+            type(count) is not int or count < 0 for count in counts
+        ):
+            raise ValueError(f"progress {meta['progress']}")
+        sha256 = meta["sha256"]
+        checksums = {TENSORS: sha256[TENSORS], OPTIMIZER: sha256[OPTIMIZER], **sha256}
+        if unknown := [name for name in checksums if name not in _FILES]:
+            raise ValueError(f"unknown file {unknown[0]!r}")
+        return progress, checksums, dict(meta.get("scaler", {}))
+    except (KeyError, TypeError, ValueError) as problem:
+        raise CheckpointError(
+            f"{file} is not that of a checkpoint ({type(problem).__name__}: {problem})"
+        ) from None
+
+
 def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """The moments come from the checkpoint, rates and decay from the settings."""
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         saved = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
+    except Exception as problem:  # a damaged pickle ends in nearly any exception
+        raise CheckpointError(
+            f"{path / OPTIMIZER} cannot be read safely: {type(problem).__name__}: {problem}"
+        ) from None
+    try:
+        if not isinstance(saved, dict) or not isinstance(saved.get("state"), Mapping):
+            raise ValueError("it holds no state of an optimizer")
         for number, state in saved["state"].items():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameters[number].shape:
                     state[name] = sharded_like(value, parameters[number])
         optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, IndexError) as problem:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as problem:
         raise CheckpointError(
             f"{path}: the optimizer's parameter groups differ ({problem}); resume with the settings of the run, or "
             "choose another run.out"
         ) from None
-    except (UnpicklingError, RuntimeError) as problem:
-        raise CheckpointError(f"{path / OPTIMIZER} cannot be read safely: {problem}") from None
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
 

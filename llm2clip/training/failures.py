@@ -24,6 +24,8 @@ NOTES = "failures"
 # how long a note may take to appear after the collective broke, and a rank to end by itself after one appeared
 _PATIENCE = 5.0
 _GRACE = 20.0
+_NO_WORD = "another rank is gone without a word (killed, out of memory?) or did not answer within run.timeout"
+_LEFT = "ended-rank-"
 # torch's classes for broken collectives, and the words of gloo's plain RuntimeError
 _BROKEN = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "timed out", "Timed out", "NCCL")
 
@@ -61,6 +63,9 @@ def shared(out: str, world: World) -> Iterator[None]:
             write_text(notes / f"rank-{world.rank}.txt", reason + "\n")
             raise
         reason = _wait_for_note(notes, world.rank)
+        if not reason:  # one that hangs learns from this that nobody waits for it any more
+            reason = _NO_WORD
+            write_text(notes / f"{_LEFT}{world.rank}.txt", reason + "\n")
         raise OtherRankError(
             f"{reason}. This rank ends too; the newest checkpoint is complete, and the same command goes on from it"
         ) from (None if isinstance(error, OtherRankError) else error)
@@ -92,16 +97,14 @@ def _wait_for_note(folder: Path, rank: int) -> str:
         if found := _notes(folder, rank):
             return "; ".join(found)
         time.sleep(0.1)
-    return "another rank is gone without a word (killed, out of memory?) or did not answer within run.timeout"
+    return ""
 
 
 def _watch(folder: Path, rank: int, done: threading.Event) -> None:
     while not done.wait(2.0):
-        found = _notes(folder, rank)
-        if found and not done.wait(_GRACE):
-            print(
-                f"error: {'; '.join(found)}. This rank waited for it and ends too",
-                file=sys.stderr,
-                flush=True,
-            )
+        reason = "; ".join(_notes(folder, rank))
+        if not reason and folder.is_dir() and list(folder.glob(f"{_LEFT}*.txt")):
+            reason = "the other ranks have ended, since one did not answer within run.timeout"
+        if reason and not done.wait(_GRACE):
+            print(f"error: {reason}. This rank hangs and ends too", file=sys.stderr, flush=True)
             os._exit(2)

@@ -48,7 +48,7 @@ def flops_per_sample(
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    counter = FlopCounterMode(display=False, custom_mapping=_OWN_OPS)
+    counter = FlopCounterMode(display=False, custom_mapping=OWN_OPS)
     training = module.training
     module.eval()
     try:
@@ -126,12 +126,20 @@ def _attention_on_cpu_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **
     return int(sdpa_flop_count(q, k, v)) * 5 // 2
 
 
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int, output_mask: Sequence[bool], **more: Any,
+) -> int:  # fmt: skip
+    # torch's own formula takes every convolution for one without groups, a hundred times too much for depthwise ones
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * sum(output_mask[:2])
+
+
 for _formula in (_packed_attention, _packed_attention_backward):
     setattr(_formula, "_get_raw", True)  # noqa: B010  # the lengths are values, not shapes
 
 _KERNELS: Any = torch.ops.llm2clip_kernels
 _ATEN: Any = torch.ops.aten
-_OWN_OPS = {
+OWN_OPS: dict[Any, Any] = {
     _KERNELS.adapter_block: _adapter_block,
     _KERNELS.adapter_block_backward: _adapter_block_backward,
     _KERNELS.layer_norm_linear: _layer_norm_linear,
@@ -141,6 +149,7 @@ _OWN_OPS = {
     _KERNELS.lora_add: _lora_add,
     _KERNELS.packed_attention: _packed_attention,
     _KERNELS.packed_attention_backward: _packed_attention_backward,
+    _ATEN.convolution_backward: _convolution_backward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_on_cpu_backward,
 }

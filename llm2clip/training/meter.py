@@ -11,10 +11,13 @@ from typing import TypeVar
 import torch
 
 from llm2clip.data.loader import Position
-from llm2clip.errors import UserError
+from llm2clip.errors import TrainingError, UserError
 from llm2clip.training.checkpoint import Progress
 from llm2clip.training.failures import OtherRankError
 from llm2clip.training.world import World
+
+# batches in a row; a rank that can use no sample at all would let the others wait for ever
+_MOST_SKIPPED = 100
 
 Samples = TypeVar("Samples", bound=Sized)
 
@@ -41,16 +44,18 @@ class Meter:
         """The next batch of which every rank has samples.
 
         Raises:
-            UserError: this rank's data cannot be used.
+            UserError: this rank's data cannot be used or has ended, or too many batches in a row were left out.
             OtherRankError: another rank's cannot.
         """
         begin = time.perf_counter()
-        while True:
+        for _ in range(_MOST_SKIPPED):
             failure: UserError | None = None
             try:
                 position, samples = next(batches)
             except UserError as error:
                 failure = error
+            except StopIteration:
+                failure = TrainingError("the data of this rank ended before the run did")
             # every rank needs samples for the loss; all skip a batch of which one rank can use none
             worst = self._world.max(2 if failure else 0 if len(samples) else 1)
             if worst == 0:
@@ -58,6 +63,10 @@ class Meter:
                 return position, samples
             if worst == 2:
                 raise failure or OtherRankError("another rank cannot go on")
+        raise TrainingError(
+            f"{_MOST_SKIPPED} batches in a row were left out, since a rank could use none of its samples; "
+            "`llm2clip data check` names what is wrong with them"
+        )
 
     def advance(self, at: Progress, position: Position, samples: int) -> Progress:
         """Count a step with `samples` over all ranks; where the run stands after it."""

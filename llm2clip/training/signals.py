@@ -1,4 +1,4 @@
-"""Requests to stop that come as signals: the step is finished, and only a second SIGTERM ends at once."""
+"""Requests to stop that come as signals: the step is finished, or what was begun cleaned up; a second ends at once."""
 
 from __future__ import annotations
 
@@ -30,6 +30,29 @@ def stop_requested() -> Iterator[Callable[[], int]]:
         return
     try:
         yield lambda: max(received, default=0)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def unwound() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 leave the block as SystemExit, so that half-written files and temporary ones are removed.
+
+    For commands, and phases of them, that have no step to finish. The second signal of a kind ends the process.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(exit_status(number))
+
+    try:
+        previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

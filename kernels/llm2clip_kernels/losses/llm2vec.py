@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed
+from ..autocast import follows_autocast
 from ..checks import check_paired
 from ..contrastive import nll_loss
 from ..l2_normalize import l2_normalize
@@ -48,12 +49,15 @@ class HardNegativeNLLLoss:
         if d_reps_neg is not None and d_reps_neg.shape[0] == 0 and not gather:
             d_reps_neg = None
         is_cosine = self.similarity_fct is None or getattr(self.similarity_fct, "__name__", "") == "cos_sim"
-        if not is_cosine:
-            return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
-        check_paired(q_reps, d_reps_pos, "HardNegativeNLLLoss", "queries and positives")
-        unit = [l2_normalize(t) for t in (q_reps, d_reps_pos)]
-        negatives = None if d_reps_neg is None else l2_normalize(d_reps_neg)
-        return nll_loss(unit[0], unit[1], negatives, self.scale, gather=gather)
+        if is_cosine:
+            return self._fused(q_reps, d_reps_pos, d_reps_neg, gather)
+        return self._plain(q_reps, d_reps_pos, d_reps_neg, gather)
+
+    @follows_autocast
+    def _fused(self, q: Tensor, pos: Tensor, neg: Tensor | None, gather: bool) -> Tensor:
+        check_paired(q, pos, "HardNegativeNLLLoss", "queries and positives")
+        negatives = None if neg is None else l2_normalize(neg)
+        return nll_loss(l2_normalize(q), l2_normalize(pos), negatives, self.scale, gather=gather)
 
     def _plain(self, q: Tensor, pos: Tensor, neg: Tensor | None, gather: bool) -> Tensor:
         every: list[Any] = [q, pos] if neg is None else [q, pos, neg]
