@@ -1,10 +1,22 @@
 #include "instruction_set.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
 namespace llm2clip {
 namespace {
+
+#if defined(__x86_64__)
+// older Clang does not let __builtin_cpu_supports ask for it
+bool has_f16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 constexpr InstructionSet kBestFirst[] = {InstructionSet::kAvx512, InstructionSet::kAvx2, InstructionSet::kPortable};
 
@@ -50,7 +62,7 @@ const char* name_of(InstructionSet set) {
 bool is_supported(InstructionSet set) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   switch (set) {
     case InstructionSet::kAvx512:
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,7 +1,7 @@
 // Which vector instructions the kernels of this process use.
 //
-// The sources of simd/ and host/simd/ are compiled once for each instruction set (CMakeLists.txt); each gives its kernels as a table of
-// functions, a struct with one static member for each instruction set.
+// The sources of simd/ and host/simd/ are compiled once for each instruction set (CMakeLists.txt); each gives its
+// kernels as a table of functions, a struct with one static member for each instruction set.
 
 #pragma once
 

@@ -46,7 +46,8 @@ void run(const AttentionProblem& p, Task task, const Tensor& like) {
 }
 
 Tensor like(const Tensor& t, bool wanted) {
-  return torch::stable::new_empty(t, wanted ? std::vector<int64_t>{t.size(0), t.size(1), t.size(2)} : std::vector<int64_t>{0});
+  return torch::stable::new_empty(
+      t, wanted ? std::vector<int64_t>{t.size(0), t.size(1), t.size(2)} : std::vector<int64_t>{0});
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& edges) {
@@ -62,8 +63,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& edge
                   "packed_attention: cu_seqlens must rise from 0 to the number of tokens");
 }
 
-AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& edges, bool causal, int64_t window,
-                double scale) {
+AttentionProblem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& edges, bool causal,
+                         int64_t window, double scale) {
   check(q, k, v, edges);
   AttentionProblem p{};
   p.q = static_cast<const float*>(q.data_ptr());

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <string>
 
@@ -31,7 +32,7 @@ cudaStream_t current_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "llm2clip_kernels: a CUDA tensor came, but this torch is a CPU build");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

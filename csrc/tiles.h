@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -95,10 +96,10 @@ inline void multiply(Tensor out, const Tensor& a, const Tensor& b, bool accumula
   const Gemm gemm = tile_gemm();
   if (gemm != nullptr) return multiply_with(gemm, out, a, b, accumulate);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), /*beta=*/1.0, /*alpha=*/1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 }
 

@@ -155,8 +155,8 @@ struct Block {
 // unnormalised weights (rows, columns) of the block, and what to multiply each row with
 //
 // Queries are scaled before the product, logits would take another pass.
-LLM2CLIP_INLINE void weights_of(const AttentionProblem& p, const Block& b, int64_t length, const float* q, const float* keys_t,
-                                int64_t padded, float* scaled, float* weights, float* inverse) {
+LLM2CLIP_INLINE void weights_of(const AttentionProblem& p, const Block& b, int64_t length, const float* q,
+                                const float* keys_t, int64_t padded, float* scaled, float* weights, float* inverse) {
   const int64_t stride = p.query_heads * p.width, wide = whole_vectors(p.width);
   copy_rows(q + b.start * stride, stride, b.rows(), p.width, wide, p.scale, scaled);
   product<false>({scaled, wide, 1}, b.rows(), p.width, keys_t + b.low, padded, b.columns(), weights, b.columns());

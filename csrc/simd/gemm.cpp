@@ -94,7 +94,9 @@ LLM2CLIP_INLINE void pack_panel(MatrixView b, int64_t k, int64_t width, int64_t 
     for (int64_t i = 0; i < k; ++i) {
       const float* row = b.data + i * b.row_stride;
       int64_t j = 0;
-      for (; j + kRegisterLanes <= width; j += kRegisterLanes) store_lanes(panel + j, load_lanes<FloatRegister>(row + j));
+      for (; j + kRegisterLanes <= width; j += kRegisterLanes) {
+        store_lanes(panel + j, load_lanes<FloatRegister>(row + j));
+      }
       for (; j < width; ++j) panel[j] = row[j];
       panel += padded;
     }
