@@ -60,7 +60,9 @@ def load_llm(
         if gguf_file is None:
             require_plausible(config, weight_files(folder), os.fspath(where))
         else:
-            require_plausible(config, [folder / gguf_file], os.fspath(where), _gguf_tensors(folder / gguf_file))
+            require_plausible(
+                config, [folder / gguf_file], os.fspath(where), _gguf_tensors(folder / gguf_file)
+            )
         source["config"] = config
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         model, report = AutoModel.from_pretrained(
