@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,25 @@ def test_old_checkpoints_and_leftovers_go(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step_00000004", "step_00000006", "step_00000008"]
     assert save(tmp_path, 8)[2].is_dir()  # the same step again replaces it
+
+
+def test_what_a_kill_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=9)
+    root = tmp_path / "checkpoints"
+    (root / "step_00000008.partial.7").mkdir()
+    checkpoint.prune(tmp_path, 4)
+    assert sorted(os.listdir(root)) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(os.listdir(root)) == ["latest", "step_00000004", "step_00000006"]
+    # one that was chosen by hand stays, and so does the only copy of what was being replaced
+    (root / "latest").write_text("step_00000004\n")
+    checkpoint.prune(tmp_path, 1)
+    assert sorted(os.listdir(root)) == ["latest", "step_00000004"]
+    (root / "step_00000004").rename(root / "step_00000004.old")
+    checkpoint.prune(tmp_path, 1)
+    assert sorted(os.listdir(root)) == ["latest", "step_00000004.old"]
+    checkpoint.prune(tmp_path / "nothing", 1)
 
 
 def test_latest(tmp_path: Path) -> None:

@@ -99,12 +99,20 @@ def save(
         meta["sha256"] = {file.name: sha256_file(file) for file in sorted(tmp.iterdir())}
         write_json(tmp / META, meta)
     write_text(root / "latest", final.name + "\n")
-    steps = sorted(p for p in root.iterdir() if p.is_dir() and p.name.startswith("step_"))
-    complete = [p for p in steps if "." not in p.name]
-    # names with a dot were left by a process that was killed while it wrote or replaced a checkpoint
-    for old in [*complete[: -max(1, keep)], *(p for p in steps if "." in p.name)]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune(directory, keep)
     return final
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all checkpoints of a run but the last `keep` and the one to go on from, and what a kill left of others."""
+    root = directory / "checkpoints"
+    newest = latest(directory)
+    steps = sorted(p for p in root.glob("step_*") if p.is_dir() and p != newest)
+    complete = [p for p in steps if "." not in p.name]
+    spare = len(complete) - max(1, keep) + (newest is not None)
+    # names with a dot were left by a process that was killed while it wrote or replaced a checkpoint
+    for old in [*complete[: max(0, spare)], *(p for p in steps if "." in p.name)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

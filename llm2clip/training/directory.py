@@ -61,6 +61,7 @@ def prepare(settings: Any, run: RunSettings) -> None:
     """Write the resolved settings into the run directory; a run that goes on with other ones says so."""
     out = Path(run.out)
     if checkpoint.latest(out) is not None:
+        checkpoint.prune(out, run.keep_checkpoints)  # which a kill may have kept the last save from
         _warn_of_changes(out, settings, "it goes on with the new ones")
     write_text(out / CONFIG, dump_yaml(settings))
 
