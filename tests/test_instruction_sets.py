@@ -94,7 +94,7 @@ def unit(rows: int, dim: int) -> Tensor:
     return F.normalize(torch.randn(rows, dim), dim=1)
 
 
-@pytest.mark.parametrize("scale", [10.0, 2000.0], ids=["constant shift", "running maxima"])
+@pytest.mark.parametrize("scale", [10.0, 600.0], ids=["constant shift", "running maxima"])
 @pytest.mark.parametrize("method", ["recompute", "cached"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_similarity_lse(shape: tuple[int, int, int], method: str, scale: float, isa: str) -> None:
@@ -106,7 +106,7 @@ def test_similarity_lse(shape: tuple[int, int, int], method: str, scale: float, 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", [10.0, 2000.0], ids=["constant shift", "running maxima"])
+@pytest.mark.parametrize("scale", [10.0, 600.0], ids=["constant shift", "running maxima"])
 def test_similarity_lse_leaves_pairs_out(scale: float, isa: str) -> None:
     x, y = unit(30, 17), unit(53, 17)
     of_x, of_y = torch.arange(30) % 5 - 1, torch.arange(53) % 7 - 1
@@ -132,7 +132,7 @@ def test_sigmoid_loss(shape: tuple[int, int, int], isa: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scales", [(10.0, 8.0), (3000.0, 2000.0)], ids=["constant shift", "running maxima"])
+@pytest.mark.parametrize("scales", [(10.0, 8.0), (600.0, 500.0)], ids=["constant shift", "running maxima"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_similarity_distill(shape: tuple[int, int, int], scales: tuple[float, float], isa: str) -> None:
     m, n, d = shape
