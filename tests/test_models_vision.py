@@ -15,6 +15,7 @@ import torch
 from llm2clip.errors import ModelError
 from llm2clip.models import VisionTower, build_vision_tower
 from llm2clip.models.efficientnet import EfficientNetLite0
+from llm2clip.models.hf_files import vision_class, vision_config
 from llm2clip.models.vision import tower_from_config
 from llm2clip.settings import VisionSettings
 from tests.vision_kit import TINY, hf_vision_model
@@ -81,6 +82,25 @@ def test_other_image_size_interpolates_positions(kind: str, tmp_path: Path) -> N
     assert torch.equal(rebuilt(pixels), tower(pixels))
     with pytest.raises(ModelError, match="multiple of the patch size"):
         transformers_tower(tmp_path, image_size=18)
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "clip_vision_model"])
+def test_own_size_may_leave_pixels_over(kind: str, tmp_path: Path) -> None:
+    """SigLIP so400m/14 takes 384 pixels: its convolution leaves the last six out."""
+    config = vision_config({"model_type": kind, **TINY, "image_size": 18})
+    torch.manual_seed(0)
+    model = vision_class(config)(config).eval()
+    model.save_pretrained(tmp_path)
+    tower = transformers_tower(tmp_path)
+    pixels = torch.randn(2, 3, 18, 18)
+    assert tower.image_size == 18
+    torch.testing.assert_close(tower(pixels), model(pixel_values=pixels).pooler_output)
+    rebuilt = tower_from_config(json.loads(json.dumps(tower.to_config()))).eval()
+    rebuilt.load_state_dict(tower.state_dict())
+    assert torch.equal(rebuilt(pixels), tower(pixels))
+    for path in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ModelError, match="22 is not a multiple of the patch size"):
+            transformers_tower(path, image_size=22)
 
 
 def test_pooling_of_patch_tokens(tmp_path: Path) -> None:

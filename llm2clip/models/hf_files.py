@@ -70,6 +70,7 @@ def load_hf_vision(
     size = image_size or _native_size(config, file)
     if not place.is_dir() or not pretrained:
         if hasattr(config, "image_size"):
+            _require_whole_patches(config, size)
             config.image_size = size
         return HFVision(vision_class(config)(config), size, pooling)
     require_plausible(config, weight_files(place), os.fspath(place))
@@ -124,8 +125,7 @@ def at_size(model: Any, image_size: int) -> Any:
     patch = _square(getattr(model.config, "patch_size", None))
     if own is None or patch is None or own == image_size:
         return model
-    if image_size % patch:
-        raise ModelError(f"image size {image_size} is not a multiple of the patch size {patch}")
+    _require_whole_patches(model.config, image_size)
     config = copy.deepcopy(model.config)
     config.image_size = image_size
     name = type(model).__name__
@@ -136,6 +136,13 @@ def at_size(model: Any, image_size: int) -> Any:
         resized = type(model)(config).to(next(model.parameters()).dtype)
     resized.load_state_dict(state)
     return resized.eval()
+
+
+def _require_whole_patches(config: Any, image_size: int) -> None:
+    """Raise ModelError for a size, other than the configuration's own, whose last pixels no patch would see."""
+    own, patch = _square(getattr(config, "image_size", None)), _square(getattr(config, "patch_size", None))
+    if patch and image_size != own and image_size % patch:
+        raise ModelError(f"image size {image_size} is not a multiple of the patch size {patch}")
 
 
 def vision_from_dict(values: dict[str, Any], image_size: int, *, pooling: VisionPooling = "auto") -> HFVision:

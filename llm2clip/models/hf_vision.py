@@ -43,6 +43,8 @@ class HFVision(VisionTrunk):
         self._adopt(model)
         own = getattr(config, "image_size", image_size)
         resized = (int(own[0]) if isinstance(own, (list, tuple)) else int(own)) != image_size
+        # a convolution leaves the rest of its own size out, as SigLIP so400m/14 does at 384
+        self._whole_patches = resized or self._patchify
         self._extra = (
             {"interpolate_pos_encoding": True} if resized and "interpolate_pos_encoding" in accepted else {}
         )
@@ -154,7 +156,7 @@ class HFVision(VisionTrunk):
 
     def _probe(self) -> int:
         """Settle the pooling, find the width, freeze what the feature ignores."""
-        if self.image_size % self._patch:
+        if self._whole_patches and self.image_size % self._patch:
             raise ModelError(
                 f"image size {self.image_size} is not a multiple of the patch size {self._patch}"
             )
