@@ -91,7 +91,7 @@ def test_own_size_may_leave_pixels_over(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = vision_class(config)(config).eval()
     model.save_pretrained(tmp_path)
-    tower = transformers_tower(tmp_path)
+    tower = build_vision_tower(VisionSettings(kind="transformers", path=str(tmp_path))).eval()
     pixels = torch.randn(2, 3, 18, 18)
     assert tower.image_size == 18
     torch.testing.assert_close(tower(pixels), model(pixel_values=pixels).pooler_output)
