@@ -59,7 +59,7 @@ def test_every_native_op_is_called(calls: dict[str, Call]) -> None:
             call()
     ran = {event.name for event in recorded.events()}
     every = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("llm2clip_native::")}
-    asked = {"cpu_capability", "gemm_in_use", "use_gemm"}  # questions and a switch
+    asked = {"cpu_capability", "gemm_in_use", "use_gemm", "use_instruction_set"}  # questions and switches
     assert every - ran == {f"llm2clip_native::{name}" for name in asked}
 
 

@@ -185,13 +185,14 @@ def similarity_rank_kernel_decide(
     rows = tl.maximum(tl.minimum(group_rows, M - first_row), 0)
     cols = tl.maximum(tl.minimum(group_cols, N - first_col), 1)
     total = tl.where(listed, found, rows * cols)
+    entries = tl.where(listed, found, 0)
     tolerance = tl.load(limits_ptr)
     unit = tl.load(limits_ptr + 1)
     start = tl.program_id(0).to(tl.int64) * BLOCK_P
     for p in range(start, total, tl.num_programs(0) * BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P).to(tl.int64)
         in_p = offs_p < total
-        entry = tl.load(list_ptr + program * CAPACITY + offs_p, mask=in_p & listed, other=0)
+        entry = tl.load(list_ptr + program * CAPACITY + offs_p, mask=offs_p < entries, other=0)
         pair = tl.where(listed, (entry // 4).to(tl.int64), offs_p)
         kind = tl.where(listed, entry % 4, 3)
         # past the end: the first pair, counted by nobody
