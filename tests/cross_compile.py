@@ -25,10 +25,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, ("hip", 9, 2), 64 * 1024),
 }
 
-# ptxas of Triton 3.9 gives up so many bytes a thread for a second program on a Blackwell multiprocessor (128 of the 255
-# registers it may take)
-SPILLS = {"sm_100": 16}
-
 
 def run_interpreted(script: str, folder: Path, timeout: int = 200) -> None:
     """Runs a script in a process of its own under Triton's interpreter; it must print "interpreted: ok".
@@ -139,7 +135,7 @@ def assemble(code: str, folder: Path) -> str:
 
 
 def assert_fits(compiled: Any, target: str, folder: Path, tensor_cores: bool = True) -> None:
-    """Shared memory fits, nothing spills but what SPILLS allows, and bf16 products run on the target's tensor cores."""
+    """Shared memory fits, nothing spills, and bf16 products run on the target's tensor cores."""
     assert compiled.metadata.shared <= TARGETS[target][4]
     if TARGETS[target][0] != "cuda":
         assert compiled.asm["amdgcn"]
@@ -149,5 +145,4 @@ def assert_fits(compiled: Any, target: str, folder: Path, tensor_cores: bool = T
         instruction = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_80": "mma.sync"}[target]
         assert instruction in code
     report = assemble(code, folder)
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spilled is not None and max(map(int, spilled.groups())) <= SPILLS.get(target, 0), report
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, report

@@ -44,12 +44,11 @@ class Config:
         return chosen | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-# The largest tiles of which every kernel compiles without spills (but 16 bytes on Blackwell, as Triton 3.9 assembles
-# it). None of them has been timed on a GPU yet.
+# The largest tiles of which every kernel compiles without spills. None of them has been timed on a GPU yet.
 _CONFIGS = {
     ("cuda", 8, 2): Config(128, 128, 32, 8, 3),
     ("cuda", 9, 2): Config(128, 128, 64, 8, 3),
-    ("cuda", 10, 2): Config(128, 64, 64, 8, 4),
+    ("cuda", 10, 2): Config(128, 32, 64, 8, 4),
     ("hip", 9, 2): Config(128, 128, 32, 8, 2),
     ("interpreter", 0, 2): Config(16, 16, 16, 1, 1),
     ("interpreter", 0, 4): Config(16, 16, 16, 1, 1),
