@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(llm2clip_native, m) {
       " bool need_x, bool need_y, bool need_scale, int tile) -> (Tensor, Tensor, Tensor)");
   m.def(
       "similarity_lse_forward(Tensor x, Tensor y, float scale, bool columns, int diagonal,"
-      " bool cached, Tensor x_groups, Tensor y_groups, int tile) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor(a!) cache, Tensor x_groups, Tensor y_groups, int tile) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "similarity_lse_backward(Tensor g_row, Tensor g_col, Tensor g_pos, Tensor x, Tensor y, float scale,"
       " Tensor row_lse, Tensor col_lse, Tensor low, Tensor cache, int diagonal, Tensor x_groups,"

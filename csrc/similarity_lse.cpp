@@ -28,15 +28,15 @@ namespace {
 struct Outputs {
   Tensor row, col, pos;
   Tensor low;  // of row (M), then of col (N or 0), then of pos (M or 0)
-  Tensor cache;
+  Tensor cache;  // receives the exponentials (M, N), or is empty
   int64_t diagonal;
 
-  Outputs(const Tensor& x, const Tiles& tiles, bool columns, int64_t diagonal, bool cached)
+  Outputs(const Tensor& x, const Tiles& tiles, bool columns, int64_t diagonal, const Tensor& cache)
       : row(flat_floats(x, tiles.rows)),
         col(flat_floats(x, columns ? tiles.cols : 0)),
         pos(flat_floats(x, diagonal >= 0 ? tiles.rows : 0)),
         low(flat_floats(x, row.numel() + col.numel() + pos.numel())),
-        cache(on_huge_pages(flat_floats(x, cached ? tiles.rows * tiles.cols : 0))),
+        cache(on_huge_pages(cache)),
         diagonal(diagonal) {}
 
   void put(const Tensor& to, int64_t low_start, int64_t i, double value) const {
@@ -201,14 +201,16 @@ void check_inputs(const Tensor& x, const Tensor& y, const Tensor& x_groups, cons
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale,
-                                                           bool columns, int64_t diagonal, bool cached,
-                                                           const Tensor& x_groups, const Tensor& y_groups,
-                                                           int64_t tile) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, double scale, bool columns,
+                                                   int64_t diagonal, const Tensor& cache, const Tensor& x_groups,
+                                                   const Tensor& y_groups, int64_t tile) {
   check_inputs(x, y, x_groups, y_groups);
+  STD_TORCH_CHECK(cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
+                      (cache.numel() == 0 || cache.numel() == x.size(0) * y.size(0)),
+                  "similarity_lse: cache (M·N,) float32, contiguous, or empty");
   const Groups groups(x_groups, y_groups);
   const Tiles tiles(x, y, tile);
-  const Outputs out(x, tiles, columns, diagonal, cached);
+  const Outputs out(x, tiles, columns, diagonal, cache);
   const float shift = static_shift(x, y, scale);
   bool safe = std::isfinite(shift);
   if (safe) {
@@ -216,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
     safe = is_safe(out.row, shift) && is_safe(out.col, shift);
   }
   if (!safe) sum_all_online(x, y, scale, tiles, groups, out);
-  return {out.row, out.col, out.pos, out.low, out.cache};
+  return {out.row, out.col, out.pos, out.low};
 }
 
 // gradient of a log-sum-exp times exp(shift - lse - low), so that G is one product per pair

@@ -365,7 +365,9 @@ def test_native_variants_of_the_processor_agree() -> None:
     """What this processor chose against the chunked path on a shape with every tail."""
     x, y = features(67, 19), features(131, 19)
     want = chunked.forward(x.double(), y.double(), torch.tensor(11.0).double(), True, -1, *NO_GROUPS)
-    got = torch.ops.llm2clip_native.similarity_lse_forward(x, y, 11.0, True, -1, False, *NO_GROUPS, 50)
+    got = torch.ops.llm2clip_native.similarity_lse_forward(
+        x, y, 11.0, True, -1, torch.empty(0), *NO_GROUPS, 50
+    )
     assert torch.allclose(got[0].double(), want[0], atol=2e-6)
     assert torch.allclose(got[1].double(), want[1], atol=2e-6)
     slabs = torch.rand(7, 40)

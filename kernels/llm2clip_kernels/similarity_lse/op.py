@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _env, backend
+from .. import _env, backend, host_memory
 from ..autocast import follows_autocast, full_precision
 from ..checks import accumulator, check_groups, check_pair, positive_logits, scale_tensor
 from . import chunked, plain
@@ -59,21 +59,21 @@ def _forward(
     x, y = x.contiguous(), y.contiguous()
     wide = accumulator(x.dtype)
     chosen = backend.choose(x.device, x.dtype)
+    kept, cache_dtype = _cache_for(x, y, cached)
     if chosen == "native":
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-        outputs = torch.ops.llm2clip_native.similarity_lse_forward(
+        cache = host_memory.floats(kept)
+        row, col, pos, low = torch.ops.llm2clip_native.similarity_lse_forward(
             x.float(),
             y.float(),
             scale.detach().item(),
             columns,
             diagonal,
-            cached,
+            cache,
             x_groups,
             y_groups,
             _CPU_TILE,
         )
-        return outputs
-    kept, cache_dtype = _cache_for(x, y, cached)
+        return row, col, pos, low, cache
     # a custom op runs under its caller's autocast
     with full_precision(x.device):
         if chosen == "triton":
