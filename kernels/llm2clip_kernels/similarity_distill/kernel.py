@@ -355,8 +355,10 @@ def similarity_distill_bwd_kernel_stripe(
 
 
 def distill_config(config: Config) -> Config:
-    """Returns the tile for two products at a time: half as wide, since both are in registers together."""
-    return dataclasses.replace(config, block_n=max(16, config.block_n // 2))
+    """Returns the tile for two products at a time, which are in registers together: half as wide, or half as deep."""
+    if config.block_n > 32:
+        return dataclasses.replace(config, block_n=config.block_n // 2)
+    return dataclasses.replace(config, block_k=max(16, config.block_k // 2))
 
 
 def online_config(config: Config) -> Config:
