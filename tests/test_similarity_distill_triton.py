@@ -9,12 +9,12 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from llm2clip_kernels.similarity_distill import kernel  # noqa: E402
+from llm2clip_kernels.similarity_distill import kernel, launch  # noqa: E402
 from tests.cross_compile import TARGETS, assert_fits, cross_compile, run_interpreted, target_config  # noqa: E402
 
 INTERPRETED = """
 import torch, torch.nn.functional as F
-from llm2clip_kernels.similarity_distill import kernel
+from llm2clip_kernels.similarity_distill import launch
 from llm2clip_kernels import similarity_distill
 
 def check(got, want, limit, what):
@@ -50,14 +50,14 @@ for dtype, teacher_dtype, limit in (
             origins[0].copy_(logits.diagonal(diagonal)[:m])
             origins[1][diagonal : diagonal + m] = origins[0]
         args = x, y, torch.tensor(s), p, q, torch.tensor(t)
-        results = kernel.forward(*args, True, *origins)
+        results = launch.forward(*args, True, *origins)
         # at scale 1e4 an fp32 product of size 1 is off by 1e4 * 6e-8, a softmax by as much relatively
         bound = 2e-3 if 1e4 in (s, t) else 2e-6
         for got, want, name in zip(results, wanted, NAMES):
             check(got, want, bound, (name, dtype, m))
         # twice the same bits, although the slabs are not cleared
-        assert all(map(torch.equal, results, kernel.forward(*args, True, *origins)))
-        only_rows = kernel.forward(*args, False, *origins)
+        assert all(map(torch.equal, results, launch.forward(*args, True, *origins)))
+        only_rows = launch.forward(*args, False, *origins)
         assert all(map(torch.equal, only_rows[::2], results[::2]))
         assert all(r.numel() == 0 for r in only_rows[1::2])
         g_row, g_crow = torch.randn(m) / m, torch.randn(m) / m
@@ -80,35 +80,35 @@ for dtype, teacher_dtype, limit in (
                 g = g + g_ccol.double() * by_col
             if diagonal >= 0:
                 g.diagonal(diagonal).add_(g_pos)
-            dx, dy, dscale = kernel.backward(*gs, *args, *lses, diagonal, True, True, True)
+            dx, dy, dscale = launch.backward(*gs, *args, *lses, diagonal, True, True, True)
             # at scale 1e4 a rounded log-sum-exp alone moves the exponentials by 1e4 * 6e-8
             bound = max(limit, 2e-3) if 1e4 in (s, t) else limit
             check(dx, s * g @ y.double(), bound, ("dx", dtype, m))
             check(dy, s * g.T @ x.double(), bound, ("dy", dtype, m))
             size = (g.abs() * dots.abs()).sum()
             assert (dscale.double() - (g * dots).sum()).abs() <= bound * size, ("dscale", dtype, m)
-        dx, dy, _ = kernel.backward(*gs, *args, *lses, diagonal, False, True, False)
+        dx, dy, _ = launch.backward(*gs, *args, *lses, diagonal, False, True, False)
         assert dx.shape == (0, d) and dy.shape == (n, d)
 
 # several tiles per program and several stripes: the loops that only large inputs reach
-kernel._SIDE, kernel._STRIPE_BYTES = 2, 70 * 4 * 32
+launch._SIDE, launch._STRIPE_BYTES = 2, 70 * 4 * 32
 x, y, p, q = (F.normalize(torch.randn(k, 8), dim=1) for k in (85, 70, 85, 70))
 for s, t, limit in ((12.0, 15.0, 3e-6), (400.0, 15.0, 6e-5), (12.0, 400.0, 6e-5)):
     dots, logits, by_row, by_col, wanted = truth(x, y, s, p, q, t)
     args = x, y, torch.tensor(s), p, q, torch.tensor(t)
-    results = kernel.forward(*args, True, torch.zeros(85), torch.zeros(70))
+    results = launch.forward(*args, True, torch.zeros(85), torch.zeros(70))
     for got, want, name in zip(results, wanted, NAMES):
         check(got, want, limit, (name, "groups", s, t))
     g = (logits - wanted[0][:, None]).exp() + (logits - wanted[1]).exp() - by_row - by_col
     ones = torch.ones(85), torch.ones(70), torch.empty(0), -torch.ones(85), -torch.ones(70)
     lses = [results[i] for i in (0, 1, 4, 5)]
-    dx, dy, _ = kernel.backward(*ones, *args, *lses, -1, True, True, False)
+    dx, dy, _ = launch.backward(*ones, *args, *lses, -1, True, True, False)
     check(dx, s * g @ y.double(), limit, "dx stripes")
     check(dy, s * g.T @ x.double(), limit, "dy stripes")
 
 # NaN rows stay in their row and in the columns of their matrix, and the kernels end
 x[3, 0] = p[5, 0] = float("nan")
-row, col, cross_row, cross_col, teacher_row, _ = kernel.forward(*args, True, torch.zeros(85), torch.zeros(70))
+row, col, cross_row, cross_col, teacher_row, _ = launch.forward(*args, True, torch.zeros(85), torch.zeros(70))
 assert row.isnan().nonzero().flatten().tolist() == [3] and teacher_row.isnan().nonzero().flatten().tolist() == [5]
 assert cross_row.isnan().nonzero().flatten().tolist() == [3, 5] and cross_col.isnan().all()
 
@@ -142,9 +142,9 @@ KERNELS = {
 
 
 def compiled_for(name: str, target: str, tma: bool = False) -> Any:
-    config = kernel.distill_config(target_config(target))
+    config = launch.distill_config(target_config(target))
     if name == "online":
-        config = kernel.online_config(config)
+        config = launch.online_config(config)
     constants = {
         "TMA": tma, "TEACHER_TMA": tma, "COLUMNS": True, "POSITIVES": True, "SCALE": True,
         "TEACHER": True, "TEACHER_COLUMNS": True, "PRECISION": "tf32", "TEACHER_PRECISION": "tf32",

@@ -28,7 +28,7 @@ LAUNCHERS = {
     "lora_linear.kernel": ("forward", "dropout_rows_"),
     "segment_mean.kernel": ("forward", "backward"),
     "sigmoid_loss.kernel": ("compute",),
-    "similarity_distill.kernel": ("forward", "backward"),
+    "similarity_distill.launch": ("forward", "backward"),
     "similarity_lse.launch": ("forward", "backward"),
     "similarity_rank.kernel": ("count",),
 }

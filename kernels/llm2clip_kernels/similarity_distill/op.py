@@ -81,9 +81,9 @@ def _forward(
         col_origin[diagonal : diagonal + x.shape[0]] = row_origin
     implementation: Any = chunked
     if chosen == "triton":
-        from . import kernel
+        from . import launch
 
-        implementation = kernel
+        implementation = launch
     # a custom op runs under its caller's autocast
     with full_precision(x.device):
         row, col, cross_row, cross_col, teacher_row, teacher_col = implementation.forward(
@@ -143,9 +143,9 @@ def _backward(
     else:
         implementation: Any = chunked
         if chosen == "triton":
-            from . import kernel
+            from . import launch
 
-            implementation = kernel
+            implementation = launch
         with full_precision(x.device):
             dx, dy, dscale = implementation.backward(
                 *gradients, x, y, scale, p, q, teacher_scale, row_lse, col_lse, teacher_row, teacher_col,
