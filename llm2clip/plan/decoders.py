@@ -13,7 +13,7 @@ from llm2clip.models.llm_files import DTYPES
 from llm2clip.models.lora import add_lora, base_model
 from llm2clip.models.packed import PackedBatch, model_inputs, pool_packed
 from llm2clip.models.pooling import pool
-from llm2clip.plan.measure import Flops, Valueless, line_through
+from llm2clip.plan.measure import Flops, Valueless, Work, line_through
 from llm2clip.plan.shapes import decoder, layer_period
 from llm2clip.settings import LLMSettings, LoraSettings, Quantization
 
@@ -41,25 +41,6 @@ class DecoderSize:
     trained: int
     largest_layer_bytes: float
     dim: int
-
-
-@dataclass(frozen=True)
-class Captions:
-    """A forward, and in training a backward, of captions of one length.
-
-    Attributes:
-        forward_flops, backward_flops: of one caption.
-        fixed, each: bytes in use at the peak: whatever their number, and for each caption.
-    """
-
-    forward_flops: float
-    backward_flops: float
-    fixed: float
-    each: float
-
-    def peak(self, count: float) -> float:
-        """Bytes in use at the peak of `count` captions."""
-        return self.fixed + self.each * count
 
 
 def decoder_size(config: Any, llm: LLMSettings, lora: LoraSettings | None) -> DecoderSize:
@@ -100,7 +81,7 @@ def captions_through(
     precision: str,
     train: bool,
     checkpointing: bool = False,
-) -> Captions:
+) -> Work:
     """Run captions of `tokens` tokens through a decoder without values.
 
     Args:
@@ -133,7 +114,7 @@ def captions_through(
         return low + (high - low) * (total - few) / (many - few)
 
     fixed, each = line_through({n: whole([float(peaks[depth, n]) for depth in depths]) for n in counts})
-    return Captions(
+    return Work(
         whole([flops[depth].forward for depth in depths]),
         whole([flops[depth].backward for depth in depths]),
         fixed,

@@ -65,6 +65,25 @@ def _storage(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A forward, and in training a backward, of samples of one size: captions of a length, or images.
+
+    Attributes:
+        forward_flops, backward_flops: of one sample.
+        fixed, each: bytes in use at the peak: whatever their number, and for each sample.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    fixed: float
+    each: float
+
+    def peak(self, count: float) -> float:
+        """Bytes in use at the peak of `count` samples."""
+        return self.fixed + self.each * count
+
+
+@dataclass(frozen=True)
 class Flops:
     """FLOPs of the forward and backward of one chunk."""
 

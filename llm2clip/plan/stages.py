@@ -12,9 +12,10 @@ from typing import Any
 
 from llm2clip.data.store_format import bytes_per_caption
 from llm2clip.errors import ConfigError
-from llm2clip.plan.decoders import Captions, DecoderSize, captions_through, decoder_size
+from llm2clip.plan.decoders import DecoderSize, captions_through, decoder_size
+from llm2clip.plan.measure import Work
 from llm2clip.plan.shapes import GPU, decoder_config, find_gpu
-from llm2clip.plan.towers import ClipModel, Images, loss_workspace
+from llm2clip.plan.towers import ClipModel, loss_workspace
 from llm2clip.settings import (
     EmbedSettings,
     FinetuneLLMSettings,
@@ -83,8 +84,8 @@ class Planner:
         self.gpu = _gpu(settings)
         self.config = decoder_config(settings.llm or settings.finetune.llm.path)
         self._sizes: dict[Any, DecoderSize] = {}
-        self._captions: dict[Any, Captions] = {}
-        self._models: dict[Any, tuple[ClipModel, dict[Any, Images]]] = {}
+        self._captions: dict[Any, Work] = {}
+        self._models: dict[Any, tuple[ClipModel, dict[Any, Work]]] = {}
 
     def finetune(self, stage: FinetuneLLMSettings) -> StagePlan:
         """The LLM stage, contrastive or simcse: LoRA on pairs of captions."""
@@ -224,7 +225,7 @@ class Planner:
         precision: str,
         train: bool,
         checkpointing: bool,
-    ) -> Captions:
+    ) -> Work:
         # memory is a line in the number of captions
         key = (llm.dtype, llm.bidirectional, llm.pooling, llm.layout, lora, precision, train, checkpointing)
         if key not in self._captions:
@@ -235,14 +236,14 @@ class Planner:
             )  # fmt: skip
         return self._captions[key]
 
-    def _model(self, stage: TrainSettings) -> tuple[ClipModel, dict[Any, Images]]:
+    def _model(self, stage: TrainSettings) -> tuple[ClipModel, dict[Any, Work]]:
         key = repr((stage.model, stage.loss, stage.features, stage.data.captions.per_image))
         if key not in self._models:
             dim = self._size(self.settings.embed.llm, self.settings.finetune.lora).dim
             self._models[key] = ClipModel(stage, self.settings.tower, dim), {}
         return self._models[key]
 
-    def _images(self, stage: TrainSettings, count: int, precision: str) -> tuple[ClipModel, Images]:
+    def _images(self, stage: TrainSettings, count: int, precision: str) -> tuple[ClipModel, Work]:
         model, known = self._model(stage)
         if precision not in known:
             known[precision] = model.images_through(count, precision)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm2clip.errors import ConfigError
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.plan.measure import Valueless, line_through
+from llm2clip.plan.measure import Valueless, Work, line_through
 from llm2clip.plan.shapes import vision_tower
 from llm2clip.settings import TrainSettings, VisionSettings
 from llm2clip.training.clip_batch import ImageTexts
@@ -42,25 +42,6 @@ class ModelSize:
     adapter: int
     largest_block_bytes: float
     image_size: int
-
-
-@dataclass(frozen=True)
-class Images:
-    """A forward and backward of images with their captions' embeddings.
-
-    Attributes:
-        forward_flops, backward_flops: of one image.
-        fixed, each: bytes in use at the peak: whatever their number, and for each image.
-    """
-
-    forward_flops: float
-    backward_flops: float
-    fixed: float
-    each: float
-
-    def peak(self, count: float) -> float:
-        """Bytes in use at the peak of `count` images."""
-        return self.fixed + self.each * count
 
 
 class ClipModel:
@@ -106,13 +87,13 @@ class ClipModel:
             module.model.vision_model.image_size,
         )
 
-    def images_through(self, count: int, precision: str) -> Images:
+    def images_through(self, count: int, precision: str) -> Work:
         """Run `count` images, at which memory is exact; for other numbers it is a line through two."""
         peaks = {
             n: float(self._runner.peak(partial(self._batch, n), _outputs, precision=precision))
             for n in (max(1, count // 2), count)
         }
-        return Images(*self.flops(), *line_through(peaks))
+        return Work(*self.flops(), *line_through(peaks))
 
     def flops(self) -> tuple[float, float]:
         """FLOPs of one image's forward and backward, whatever gradient checkpointing recomputes left out."""
