@@ -132,7 +132,7 @@ def train_tower(options: argparse.Namespace, tower: str, teacher: str, store: st
         "run": {
             "out": str(options.out / f"{tower}-{teacher}-{seed}"),
             "steps": options.steps,
-            "batch_size": 256,
+            "batch_size": options.batch,
             "seed": seed,
             "log_every": 4,
             "save_every": options.steps,
@@ -252,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=84, help="of 256 images")
+    parser.add_argument("--steps", type=int, default=84, help="of a training run")
+    parser.add_argument("--batch", type=int, default=256, help="images of a step")
     parser.add_argument("--stores-only", action="store_true", help="embed, and stop")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
