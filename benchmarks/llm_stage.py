@@ -5,8 +5,8 @@ python -m benchmarks.llm_stage --data DIR --llm models/SmolLM2-135M --minilm DIR
 Every row embeds the printed caption and the long description of the same 500 figures, from books that training never
 sees, and looks for the one with the other: R@1, R@10 and mean reciprocal rank in both directions, ties counted
 against the model. Rows that train read `--config` and change what their name says. `--minutes` sets the number of steps
-of each from the speed of its first ones, so that training ends within that time; without it the steps are those of the
-configuration. A row that is done is not run again; one that was stopped goes on. Results: `<out>/results.json`, and a
+of each from the speed of its first ones, so that training ends within that time; without it the steps are `--steps` or
+those of the configuration. A row that is done is not run again; one that was stopped goes on. Results: `<out>/results.json`, and a
 table on the screen.
 """
 
@@ -128,6 +128,11 @@ def settings_of(row: Row, options: argparse.Namespace, name: str) -> FinetuneLLM
     for part in (paths, row.change or {}, {"llm": row.llm}):
         for group, values in part.items():
             tree[group] = {**tree.get(group, {}), **values} if isinstance(values, dict) else values
+    if options.batch:
+        tree["run"]["batch_size"] = options.batch
+    if options.steps:
+        tree["run"]["steps"] = options.steps
+        tree["optim"]["warmup_steps"] = min(tree["optim"].get("warmup_steps", 0), options.steps // 5)
     return from_tree(FinetuneLLMSettings, tree, where=str(options.config))
 
 
@@ -212,6 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="training time of a row; 0: the steps of the file"
     )
+    parser.add_argument("--steps", type=int, default=0, help="of a row; 0: those of the file")
+    parser.add_argument("--batch", type=int, default=0, help="pairs of a step; 0: as in the file")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     options = parser.parse_args(arguments)
     if options.threads:

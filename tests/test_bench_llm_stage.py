@@ -77,6 +77,12 @@ def test_minutes_become_steps(arguments: list[str], tmp_path: Path, monkeypatch:
     assert asked == [6, 12]  # 24 seconds at 4 pairs a second in batches of 8
 
 
+def test_short_rows_for_comparisons(arguments: list[str], tmp_path: Path) -> None:
+    llm_stage.main([*arguments, "--rows", "cc-causal", "--steps", "3", "--batch", "4"])
+    used = read_yaml(tmp_path / "out" / "cc-causal" / "config.yaml")
+    assert (used["run"]["steps"], used["run"]["batch_size"], used["optim"]["warmup_steps"]) == (3, 4, 0)
+
+
 def test_scores() -> None:
     short = torch.eye(4)
     long = torch.eye(4)[[0, 1, 3, 2]]
