@@ -6,8 +6,8 @@ Every row embeds the printed caption and the long description of the same 500 fi
 sees, and looks for the one with the other: R@1, R@10 and mean reciprocal rank in both directions, ties counted
 against the model. Rows that train read `--config` and change what their name says. `--minutes` sets the number of steps
 of each from the speed of its first ones, so that training ends within that time; without it the steps are `--steps` or
-those of the configuration. A row that is done is not run again; one that was stopped goes on. Results: `<out>/results.json`, and a
-table on the screen.
+those of the configuration. A row that is done is not run again; one that was stopped goes on. Results:
+`<out>/results.json`, and a table on the screen.
 """
 
 from __future__ import annotations
