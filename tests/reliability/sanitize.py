@@ -37,8 +37,8 @@ ALL = (
         f"tests/test_{op}.py"
         for op in (
             "similarity_lse", "similarity_lse_groups", "similarity_rank", "similarity_topk", "similarity_distill",
-            "sigmoid_loss", "packed_attention", "segment_mean", "l2_normalize", "lora_linear", "adapter",
-            "contrastive_properties",
+            "similarity_distill_use", "sigmoid_loss", "packed_attention", "segment_mean", "l2_normalize", "lora_linear",
+            "adapter", "contrastive_properties", "instruction_sets", "host_memory",
         )
     ),
 )  # fmt: skip
