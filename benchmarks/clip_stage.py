@@ -43,7 +43,7 @@ TEACHERS = {"tuned": "CC-tuned LLM", "raw": "raw LLM", "minilm": "all-MiniLM-L6-
 # a small ViT, since it starts from random weights and sees five thousand images
 _VIT = {
     "model_type": "vit", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "patch_size": 8, "image_size": 64,
+    "num_attention_heads": 4, "patch_size": 16, "image_size": 64,
 }  # fmt: skip
 TOWERS = {"efficientnet-lite0": "EfficientNet-Lite0 (ImageNet)", "vit": "ViT, random weights"}
 _TRANSLATIONS = {
