@@ -30,9 +30,10 @@ def floats(count: int) -> Tensor:
     size = 4 * count
     if not (_KEEPS and _LEAST <= size <= _MOST):
         return torch.empty(count, dtype=torch.float32)
-    view = memoryview(_block(size))
+    block = _block(size)
+    view = memoryview(block)
     # the tensor's storage holds the view, and the view the block
-    weakref.finalize(view, _keep, view.obj).atexit = False
+    weakref.finalize(view, _keep, block).atexit = False
     return torch.frombuffer(view, dtype=torch.float32, count=count)
 
 
