@@ -145,13 +145,12 @@ def train_tower(options: argparse.Namespace, tower: str, teacher: str, store: st
 
 
 def evaluate(
-    options: argparse.Namespace, place: str, folder: Path, models: Tree, stores: Iterable[str]
+    options: argparse.Namespace, place: str, data: Tree, models: Tree, stores: Iterable[str]
 ) -> Tree:
     """Rows of `llm2clip evaluate retrieval`: model and captions -> R@1 and R@10 in %, of both directions."""
-    tree = {
+    tree = data | {
         "models": models,
         "stores": list(stores),
-        "datasets": {"openstax": str(folder)},
         "out": str(options.out / "evaluation" / place),
         "samples": 0,
     }
@@ -169,12 +168,16 @@ def measure(options: argparse.Namespace, tower: str, seed: int, stores: Tree) ->
     """Train the towers of one seed and evaluate them."""
     models = {name: train_tower(options, tower, name, store, seed) for name, store in stores.items()}
     place = f"{tower}-{seed}"
-    found = {"books": evaluate(options, place, options.data, models, stores.values())}
+
+    def english(folder: Path) -> Tree:
+        return {"data": {"val": [str(folder / "openstax-val-*.tar")]}}
+
+    found = {"books": evaluate(options, place, english(options.data), models, stores.values())}
     if "tuned" in models:
         tuned, store = {"tuned": models["tuned"]}, [stores["tuned"]]
         for name in ("whole", "first-77"):
-            found[name] = evaluate(options, f"{place}-{name}", options.out / name, tuned, store)
-        physics = (options.data / held_out.PHYSICS).parent
+            found[name] = evaluate(options, f"{place}-{name}", english(options.out / name), tuned, store)
+        physics = {"datasets": {"openstax": str((options.data / held_out.PHYSICS).parent)}}
         found["physics"] = evaluate(options, f"{place}-physics", physics, tuned, store)
     return found
 
