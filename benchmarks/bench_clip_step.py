@@ -27,7 +27,7 @@ import torch
 from benchmarks import clip_recipe, clip_trainers, harness
 from benchmarks.clip_trainers import world
 from llm2clip.settings import TrainSettings
-from llm2clip.training.clip_batch import ImageTexts
+from llm2clip.training.clip_batch import ImageTexts, Pieces
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.loop import train
 from llm2clip.training.metrics import read_metrics
@@ -126,7 +126,7 @@ def compare(options: argparse.Namespace, settings: TrainSettings) -> list[dict[s
     return rows
 
 
-def _record(losses: list[float], trainer: Any, number: int, batch: ImageTexts) -> None:
+def _record(losses: list[float], trainer: Any, number: int, batch: ImageTexts | Pieces) -> None:
     losses.append(trainer.step(number, batch))
 
 

@@ -14,7 +14,7 @@ from llm2clip.data.images import normalize_pixels
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.settings import OptimSettings, TrainSettings
 from llm2clip.training import optim
-from llm2clip.training.clip_batch import ImageTexts
+from llm2clip.training.clip_batch import ImageTexts, Pieces
 from llm2clip.training.clip_task import ClipTask
 from llm2clip.training.precision import autocast_of
 from llm2clip.training.schedule import set_learning_rate
@@ -35,7 +35,7 @@ class Ours:
         self.settings = settings
         self.state = TrainState(self.task, settings.run, settings.optim, world())
 
-    def step(self, number: int, batch: ImageTexts) -> float:
+    def step(self, number: int, batch: ImageTexts | Pieces) -> float:
         """One step on a batch; returns its loss."""
         run, state = self.settings.run, self.state
         set_learning_rate(state.optimizer, number, 10**6, self.settings.optim)
@@ -102,8 +102,9 @@ def written(settings: TrainSettings) -> tuple[Written, torch.optim.Optimizer]:
     return Written(task.model), adamw
 
 
-def as_floats(batch: ImageTexts, settings: TrainSettings, vision: Any) -> tuple[Tensor, Tensor]:
+def as_floats(batch: ImageTexts | Pieces, settings: TrainSettings, vision: Any) -> tuple[Tensor, Tensor]:
     """Normalised images and embeddings, as other trainers' loaders give them."""
+    batch = batch.whole() if isinstance(batch, Pieces) else batch
     assert batch.pixels is not None and batch.embeddings is not None
     return normalize_pixels(batch.pixels, vision.mean, vision.std), batch.embeddings
 
@@ -117,7 +118,7 @@ class Plain:
         self.loss, self.name = open_clip_loss()
         self.autocast = autocast_of(settings.run.precision, world().device, self.model)
 
-    def step(self, number: int, batch: ImageTexts) -> float:
+    def step(self, number: int, batch: ImageTexts | Pieces) -> float:
         """One step on a batch; returns its loss."""
         images, texts = as_floats(batch, self.settings, self.model.model.vision_model)
         device, size = world().device, self.settings.run.micro_batch or len(batch)
@@ -185,7 +186,7 @@ class OpenClipTrain:
             log_every_n_steps=10**9, batch_size=run.micro_batch or run.batch_size, wandb=False, log_local=False,
         )  # fmt: skip
 
-    def step(self, number: int, batch: ImageTexts) -> float:
+    def step(self, number: int, batch: ImageTexts | Pieces) -> float:
         """One step on a batch; returns its loss."""
         images, texts = as_floats(batch, self.settings, self.model.model.vision_model)
         parts = list(zip(images.split(self.args.batch_size), texts.split(self.args.batch_size), strict=True))

@@ -26,11 +26,13 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("micro_batch", ["0", "4"])
+# whole, cut, and larger than what a loader gives in one piece
+@pytest.mark.parametrize(("batch", "micro_batch"), [("6", "0"), ("6", "4"), ("70", "0")])
 def test_all_trainers_have_one_loss_curve(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], micro_batch: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: str, micro_batch: str
 ) -> None:
-    bench_clip_step.main([*SMALL, "--data", str(tmp_path), "--micro-batch", micro_batch, "--overhead", "2"])
+    sizes = ["--batch", batch, "--micro-batch", micro_batch]
+    bench_clip_step.main([*SMALL, *sizes, "--data", str(tmp_path), "--overhead", "2"])
     shown = capsys.readouterr().out
     rows = [ast.literal_eval(line) for line in shown.splitlines() if line.startswith("{'provider'")]
     assert {"ours", "plain"} <= {row["provider"] for row in rows}
