@@ -62,8 +62,8 @@ def shards(folder: Path, data: Path, count: int) -> tuple[list[str], str]:
     return [str(path)], "random images"
 
 
-def random_store(folder: Path, paths: list[str], dim: int, limit: int) -> EmbeddingStore:
-    """Random embeddings of every caption: a step takes as long with them as with an LLM's."""
+def caption_texts(paths: list[str], limit: int | None = None) -> list[str]:
+    """Every different caption and description of the shards, or of their first `limit` samples."""
     source = open_source(paths, limit=limit)
     texts: dict[str, None] = {}
     for index in range(len(source)):
@@ -73,9 +73,15 @@ def random_store(folder: Path, paths: list[str], dim: int, limit: int) -> Embedd
             continue
         for field in CAPTIONS.values():
             texts |= dict.fromkeys(sample.captions.get(field, ()))
+    return list(texts)
+
+
+def random_store(folder: Path, paths: list[str], dim: int, limit: int) -> EmbeddingStore:
+    """Random embeddings of every caption: a step takes as long with them as with an LLM's."""
+    texts = caption_texts(paths, limit)
     generator = torch.Generator().manual_seed(0)
     with StoreWriter(folder, dim=dim, dtype="fp16", fingerprint={"features": "random"}) as writer:
-        writer.add(list(texts), torch.randn(len(texts), dim, generator=generator))
+        writer.add(texts, torch.randn(len(texts), dim, generator=generator))
         writer.finish()
     return EmbeddingStore.open(folder)
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks import harness, held_out
+from benchmarks.clip_recipe import caption_texts
 from llm2clip.config import from_tree, read_yaml
-from llm2clip.data.sources import open_source
 from llm2clip.data.store_writer import StoreWriter
 from llm2clip.embed import embed
 from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
@@ -98,20 +98,14 @@ def minilm_store(options: argparse.Namespace) -> str:
     out = options.out / "store-minilm"
     if (out / "embed.json").exists():
         return str(out)
-    texts: dict[str, None] = {}
-    for split in ("train", "val"):
-        source = open_source([str(options.data / f"openstax-{split}-*.tar")])
-        for index in range(len(source)):
-            captions = source.captions_of(index).captions
-            for name in ("caption", "alt"):
-                texts |= dict.fromkeys(captions.get(name, ()))
+    texts = caption_texts([str(options.data / f"openstax-{split}-*.tar") for split in ("train", "val")])
     with Progress(len(texts), "all-MiniLM-L6-v2", "captions") as shown:
         encoder = SentenceEncoder(options.minilm, torch.device("cpu"))
-        encoded = encoder.encode(list(texts), shown)
+        encoded = encoder.encode(texts, shown)
     with StoreWriter(
         out, dim=encoded.embeddings.shape[1], dtype="fp16", fingerprint={"features": "all-MiniLM-L6-v2"}
     ) as writer:
-        writer.add(list(texts), encoded.embeddings)
+        writer.add(texts, encoded.embeddings)
         writer.finish()
     write_json(out / "embed.json", {"captions": len(texts), "truncated": encoded.truncated})
     return str(out)
