@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm2clip.errors import ConfigError
+from llm2clip.training.gloo_workers import wait_for_workers
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,16 @@ def start_world(device: str = "auto", threads: int = 0, timeout: float = 1800.0)
         torch.cuda.set_device(target)
     backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    leave = False
     try:
         yield World(rank, size, target)
+        leave = True
     except SystemExit:  # every rank was asked to stop
-        dist.destroy_process_group()
+        leave = True
         raise
-    # not after an error: others may be inside a collective that this rank never joins. Leaving NCCL's group would
-    # wait for them, and gloo's can deadlock with its own threads; the end of this process is what tells the others
-    dist.destroy_process_group()
+    finally:
+        wait_for_workers()
+        # not after an error: others may be inside a collective that this rank never joins. Leaving NCCL's group would
+        # wait for them, and the end of this process is what tells them
+        if leave:
+            dist.destroy_process_group()

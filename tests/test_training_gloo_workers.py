@@ -1,0 +1,154 @@
+"""Processes leave their group only when gloo's workers are at rest: none hangs, none aborts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from llm2clip.training.gloo_workers import wait_for_workers
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+
+# a rank whose gloo workers get no processor time while the main thread, on the same core, wants it
+_RANK = """
+import os, sys
+import torch, torch.distributed as dist
+from llm2clip.training import world as worlds
+
+rank, way, port = int(sys.argv[1]), *sys.argv[2:]
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+torch.set_num_threads(1)
+
+def job():
+    with worlds.start_world("cpu", timeout=60.0) as world:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)) if way == "ddp" else None
+        if model is not None:
+            model(torch.ones(1, 2)).sum().backward()
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/comm") as file:
+                if "gloo_run" in file.read():
+                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+        for number in range(3):
+            assert world.max(number + rank) == number + 1
+        if way == "error":
+            raise ValueError("as intended")
+
+try:
+    job()
+except ValueError:
+    pass
+sys.exit(3)
+"""
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def leave_starved(way: str, seconds: float = 90.0) -> list[int | None]:
+    """Exit statuses of two ranks with starved workers; None for one that hung."""
+    port = str(_port())
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _RANK, str(rank), way, port], stderr=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    end, codes = time.monotonic() + seconds, list[int | None]()
+    for process in ranks:
+        try:
+            codes.append(process.wait(max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            codes.append(None)
+    return codes
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["ddp", "error"])
+def test_starved_workers_neither_hang_nor_abort_their_rank(way: str) -> None:
+    # without the wait three of four runs of "ddp" end in an abort
+    for _ in range(2):
+        assert leave_starved(way) == [3, 3]
+
+
+@contextmanager
+def _worker(work: Callable[[], None]) -> Iterator[None]:
+    """A thread of this process that looks like one of gloo's while it does `work`."""
+    named, over = threading.Event(), threading.Event()
+
+    def run() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
+        named.set()
+        work()
+        over.wait()  # as one without work: asleep without a time limit
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    named.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _seconds_waited(work: Callable[[], None], limit: float = 10.0) -> tuple[bool, float]:
+    with _worker(work):
+        start = time.monotonic()
+        return wait_for_workers(limit), time.monotonic() - start
+
+
+def _compute(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def _wake_often(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.004)  # as one that waits for the interpreter's lock
+
+
+def test_no_worker_costs_one_look() -> None:
+    start = time.monotonic()
+    assert wait_for_workers() and time.monotonic() - start < 5.0
+
+
+def test_one_at_rest_is_not_waited_for() -> None:
+    rested, seconds = _seconds_waited(lambda: None)
+    assert rested and seconds < 5.0
+
+
+@pytest.mark.parametrize("work", [_compute, _wake_often])
+def test_one_that_runs_or_keeps_asking_for_the_lock_is_waited_for(work: Callable[[float], None]) -> None:
+    rested, seconds = _seconds_waited(lambda: work(0.5))
+    assert rested and seconds > 0.4
+
+
+def test_the_wait_has_an_end() -> None:
+    rested, seconds = _seconds_waited(lambda: _compute(1.0), limit=0.1)
+    assert not rested and seconds < 1.0
+
+
+def test_gloo_names_its_workers_as_expected() -> None:
+    store = dist.HashStore()
+    group = dist.ProcessGroupGloo(store, 0, 1)
+    names = [
+        Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")
+    ]
+    assert "pt_gloo_runloop" in names
+    del group
