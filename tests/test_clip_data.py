@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,12 @@ def assert_consistent(part: ImageTexts) -> None:
     assert part.embeddings is not None and len(part.embeddings) == len(part.texts) == sum(part.counts)
 
 
+@pytest.mark.parametrize("edges", [(), (2, 3), (1, 2, 3, 4)])
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5])
-def test_parts_of_a_batch_keep_what_belongs_together(size: int) -> None:
+def test_parts_of_a_batch_keep_what_belongs_together(size: int, edges: tuple[int, ...]) -> None:
     whole = batch([2, 0, 3, 1, 1], [5, 6, 5, 7, 8])
-    parts = whole.split(size)
+    pieces = [whole[start:stop] for start, stop in pairwise((0, *edges, 5))]
+    parts = clip_batch.batch_of(pieces).split(size)
     assert [len(part) for part in parts][:-1] == [size or 5] * (len(parts) - 1)
     for part in parts:
         assert_consistent(part)
@@ -115,9 +118,20 @@ def test_pieces_of_a_batch_are_one_on_the_device() -> None:
     pieces = clip_batch.batch_of([whole[:2], whole[2:3], whole[3:]])
     assert isinstance(pieces, clip_batch.Pieces) and clip_batch.batch_of([whole]) is whole
     assert len(pieces) == 5 and pieces.keys == whole.keys and torch.equal(pieces.groups, whole.groups)
-    for joined in (pieces.to(torch.device("cpu")), pieces.whole(), clip_batch.join([pieces[:3], pieces[3:]])):
+    moved = pieces.to(torch.device("cpu"))
+    for joined in (moved.whole(), pieces.whole(), clip_batch.join([pieces[:3], pieces[3:]])):
         assert_consistent(joined)
         assert joined.keys == whole.keys and joined.counts == whole.counts
+
+
+def test_parts_within_a_piece_are_not_copied() -> None:
+    pieces = [batch([2, 1, 3], [5, 6, 5]), batch([1, 1], [7, 6])]
+    parts = clip_batch.Pieces(pieces).split(1)
+    assert len(clip_batch.Pieces(pieces)[5:]) == 0 and clip_batch.Pieces(pieces)[1:1].keys == []
+    for part, whole in zip(parts, [0, 0, 0, 1, 1], strict=True):
+        for name in ("pixels", "embeddings"):
+            storages = [getattr(of, name).untyped_storage().data_ptr() for of in (part, pieces[whole])]
+            assert storages[0] == storages[1], name
 
 
 def test_one_image_per_group() -> None:

@@ -87,10 +87,7 @@ class ImageTexts:
 
     def split(self, size: int) -> list[ImageTexts]:
         """Parts of at most `size` images; 0: all in one. Each knows the owners of its captions in the whole."""
-        step, counts = size or len(self), torch.tensor(self.counts)
-        owners = torch.repeat_interleave(counts, output_size=len(self.texts)).to(self.groups.device)
-        whole = replace(self, owners=owners)
-        return [whole[start : start + step] for start in range(0, len(self), step)]
+        return Pieces([self]).split(size)
 
     def to(self, device: torch.device) -> ImageTexts:
         """The same on `device`; from pinned memory without waiting for the copies."""
@@ -110,7 +107,7 @@ class ImageTexts:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A batch as the loader's pieces: each goes to the device by itself, and they are joined there."""
+    """A batch as the loader's pieces: each goes to the device by itself, and what lies in one piece is never copied."""
 
     parts: Sequence[ImageTexts]
 
@@ -118,7 +115,13 @@ class Pieces:
         return sum(len(part) for part in self.parts)
 
     def __getitem__(self, rows: slice) -> ImageTexts:
-        return self.whole()[rows]
+        """Consecutive images with their captions: views where they are of one piece."""
+        start, stop, _ = rows.indices(len(self))
+        found: list[ImageTexts] = []
+        for first, part in zip(self._edges(), self.parts, strict=False):
+            if start < first + len(part) and first < stop:
+                found.append(part[max(0, start - first) : stop - first])
+        return join(found or [self.parts[0][:0]])
 
     @property
     def keys(self) -> list[str]:
@@ -134,9 +137,22 @@ class Pieces:
         """The pieces as one, where they are."""
         return join(self.parts)
 
-    def to(self, device: torch.device) -> ImageTexts:
-        """The pieces as one on `device`; from pinned memory without waiting for the copies."""
-        return join([part.to(device) for part in self.parts])
+    def to(self, device: torch.device) -> Pieces:
+        """The pieces on `device`; from pinned memory without waiting for the copies."""
+        return Pieces([part.to(device) for part in self.parts])
+
+    def split(self, size: int) -> list[ImageTexts]:
+        """As `ImageTexts.split`."""
+        owned = [
+            replace(part, owners=_owners(part, first))
+            for first, part in zip(self._edges(), self.parts, strict=False)
+        ]
+        step = size or len(self)
+        return [Pieces(owned)[start : start + step] for start in range(0, len(self), step)]
+
+    def _edges(self) -> list[int]:
+        """Index of each piece's first image, and the number of images."""
+        return [0, *accumulate(len(part) for part in self.parts)]
 
 
 def batch_of(parts: Sequence[ImageTexts]) -> ImageTexts | Pieces:
@@ -165,3 +181,9 @@ def join(parts: Sequence[ImageTexts]) -> ImageTexts:
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
+
+
+def _owners(part: ImageTexts, first: int) -> Tensor:
+    counts = torch.tensor(part.counts)
+    images = torch.arange(first, first + len(part))
+    return images.repeat_interleave(counts, output_size=len(part.texts)).to(part.groups.device)

@@ -110,8 +110,8 @@ class ClipTask:
         batch = samples.whole().one_per_group() if self._loss.duplicates == "drop" else samples
         # ids that all differ cost the loss something and change nothing; other ranks' are not known here
         meeting = self._world.size > 1 or clip_batch.has_repeats(batch.groups)
-        on_device = replace(batch.to(self._world.device), meeting=meeting)
-        return [self._with_models(part) for part in on_device.split(size)]
+        parts = batch.to(self._world.device).split(size)
+        return [self._with_models(replace(part, meeting=meeting)) for part in parts]
 
     def _with_models(self, part: ImageTexts) -> ImageTexts:
         """A chunk with what no loader's worker can give it: tokens, and features of models that run along."""
