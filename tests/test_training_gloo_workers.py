@@ -105,10 +105,11 @@ def _worker(work: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def _seconds_waited(work: Callable[[], None], limit: float = 10.0) -> tuple[bool, float]:
+def _seconds_waited(work: Callable[[], None]) -> float:
+    start = time.monotonic()
     with _worker(work):
-        start = time.monotonic()
-        return wait_for_workers(limit), time.monotonic() - start
+        assert wait_for_workers(limit=60.0)
+        return time.monotonic() - start
 
 
 def _compute(seconds: float) -> None:
@@ -124,24 +125,29 @@ def _wake_often(seconds: float) -> None:
 
 
 def test_no_worker_costs_one_look() -> None:
-    start = time.monotonic()
-    assert wait_for_workers() and time.monotonic() - start < 5.0
+    assert wait_for_workers(limit=0.0)
 
 
 def test_one_at_rest_is_not_waited_for() -> None:
-    rested, seconds = _seconds_waited(lambda: None)
-    assert rested and seconds < 5.0
+    assert _seconds_waited(lambda: None) < 30.0
 
 
 @pytest.mark.parametrize("work", [_compute, _wake_often])
 def test_one_that_runs_or_keeps_asking_for_the_lock_is_waited_for(work: Callable[[float], None]) -> None:
-    rested, seconds = _seconds_waited(lambda: work(0.5))
-    assert rested and seconds > 0.4
+    assert _seconds_waited(lambda: work(0.5)) > 0.4
 
 
 def test_the_wait_has_an_end() -> None:
-    rested, seconds = _seconds_waited(lambda: _compute(1.0), limit=0.1)
-    assert not rested and seconds < 1.0
+    enough = threading.Event()
+
+    def spin() -> None:
+        while not enough.is_set():
+            pass
+
+    with _worker(spin):
+        rested = wait_for_workers(limit=0.1)
+        enough.set()
+    assert not rested
 
 
 def test_gloo_names_its_workers_as_expected() -> None:
