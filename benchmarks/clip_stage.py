@@ -2,7 +2,7 @@
 
 python -m benchmarks.held_out --out runs/openstax
 python -m benchmarks.clip_stage --data runs/openstax --llm models/SmolLM2-135M --adapter runs/llm-stage/cc/result \
-    --minilm DIR --out runs/clip-stage --steps 84
+    --minilm DIR --out runs/clip-stage
 
 All towers of a row are trained with the same settings and steps, with each of `--seeds`; only the embeddings of the
 captions differ. Evaluated by `llm2clip evaluate retrieval` on books and figures that no stage has seen:
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=84, help="of a training run")
+    parser.add_argument("--steps", type=int, default=250, help="of a training run")
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
     parser.add_argument("--stores-only", action="store_true", help="embed, and stop")
     options = parser.parse_args(arguments)
