@@ -9,7 +9,8 @@ captions differ. Evaluated by `llm2clip evaluate retrieval` on books and figures
 
 - `books`: all figures of the held-out books, their captions (short) and descriptions (long);
 - `whole`, `first-77`: those of them whose description is longer than 77 tokens, with all of it and with its first 77;
-- `physics`: 300 held-out figures of a book of training (`benchmarks.held_out`) in English, Spanish and Polish.
+- `physics`: 300 held-out figures of a book of training (`benchmarks.held_out`) in English, Spanish and Polish;
+  `centred`: the same with `center=true`.
 
 What is done is not done again. Results: `<out>/results.json`, and tables on the screen.
 """
@@ -172,7 +173,8 @@ def measure(options: argparse.Namespace, tower: str, seed: int, stores: Tree) ->
         for name in ("whole", "first-77"):
             found[name] = evaluate(options, f"{place}-{name}", english(options.out / name), tuned, store)
         physics = {"datasets": {"openstax": str((options.data / held_out.PHYSICS).parent)}}
-        found["physics"] = evaluate(options, f"{place}-physics", physics, tuned, store)
+        for name, center in (("physics", False), ("centred", True)):
+            found[name] = evaluate(options, f"{place}-{name}", physics | {"center": center}, tuned, store)
     return found
 
 
@@ -212,14 +214,21 @@ def tables(runs: list[Tree]) -> str:
                 lines.append(
                     f"| {title} | {teacher} | {' | '.join(map(cell, [means[name], *parts]))} | {over} |"
                 )
-    lines += ["", "| tower | queries | R@1 | R@10 | chance R@10 | figures |", "|---|---|---:|---:|---:|---:|"]
+    lines += [
+        "",
+        "| tower | queries | R@1 | R@10 | text → image R@10 | chance R@10 | figures |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for tower, title in TOWERS.items():
         for part, kind, what in _QUERIES:
             row = next(
                 (run[part][kind] for run in runs if run["tower"] == tower and kind in run.get(part, {})), None
             )
             if row:
-                values = " | ".join(cell(of(tower, part, kind, key)) for key in ("r1", "r10"))
+                asked = [run[part][kind]["r10"][1] for run in runs if run["tower"] == tower and part in run]
+                values = " | ".join(
+                    cell(v) for v in (*(of(tower, part, kind, k) for k in ("r1", "r10")), asked)
+                )
                 lines.append(f"| {title} | {what} | {values} | {row['chance_r10']} | {row['gallery']} |")
     return "\n".join(lines)
 
@@ -231,6 +240,9 @@ _QUERIES = (
     ("physics", "tuned long", "physics, English"),
     ("physics", "tuned es", "physics, Spanish"),
     ("physics", "tuned pl", "physics, Polish"),
+    ("centred", "tuned long", "physics, English, centred"),
+    ("centred", "tuned es", "physics, Spanish, centred"),
+    ("centred", "tuned pl", "physics, Polish, centred"),
 )
 
 

@@ -68,7 +68,11 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         cache = FeatureCache(place, world)
         opener = EncoderOpener(settings, world.device, place)
         strangers = open_strangers(settings.distractors) if settings.distractors else None
-        measured = [Measured(one, captions, strangers=strangers) for one in data for captions in one.captions]
+        measured = [
+            Measured(one, captions, strangers=strangers, centred=settings.center)
+            for one in data
+            for captions in one.captions
+        ]
         bad: dict[str, list[str]] = {}
         models: dict[str, Any] = {}
         for label in settings.models:

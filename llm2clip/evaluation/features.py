@@ -103,7 +103,24 @@ class Joined:
         return out
 
 
-Rows = UnitRows | Joined
+class Centred:
+    """Rows less their mean, normalised again; reads all rows once."""
+
+    def __init__(self, rows: UnitRows | Joined) -> None:
+        self._rows, self.shape = rows, rows.shape
+        total = torch.zeros(rows.shape[1], dtype=torch.float64)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            total += rows[start : start + BLOCK_ROWS].double().sum(0)
+        self._mean = (total / max(1, len(rows))).float()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice | npt.NDArray[np.int64] | list[int]) -> Tensor:
+        return torch.nn.functional.normalize(self._rows[part] - self._mean, dim=1)
+
+
+Rows = UnitRows | Joined | Centred
 
 
 class FeatureCache:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llm2clip.evaluation.datasets import CaptionSet, ImageReader, RetrievalData
-from llm2clip.evaluation.features import Features, Joined, Rows, UnitRows
+from llm2clip.evaluation.features import Centred, Features, Joined, Rows, UnitRows
 from llm2clip.evaluation.ranking import Directions, Pairing
 from llm2clip.evaluation.ranks import Ranks
 
@@ -27,6 +27,7 @@ class Measured:
         ranks: model -> ranks.
         strangers: more images of the gallery, which belong to no caption; None: there are none.
         of_strangers: model -> their features.
+        centred: captions and images are ranked less their means.
     """
 
     data: RetrievalData
@@ -37,23 +38,27 @@ class Measured:
     ranks: dict[str, Directions] = field(default_factory=dict)
     strangers: ImageReader | None = None
     of_strangers: dict[str, UnitRows] = field(default_factory=dict)
+    centred: bool = False
 
     @property
     def title(self) -> str:
         """Name in the tables."""
         kind = self.captions.kind
-        return self.data.title if kind == "captions" else f"{self.data.title}, {kind}"
+        title = self.data.title if kind == "captions" else f"{self.data.title}, {kind}"
+        return f"{title}, centred" if self.centred else title
 
-    def queries(self, label: str) -> UnitRows:
+    def queries(self, label: str) -> Rows:
         """Features of the captions that are ranked."""
         assert self.pairing is not None
-        return self.texts[label].rows(self.pairing.text_rows)
+        rows = self.texts[label].rows(self.pairing.text_rows)
+        return Centred(rows) if self.centred else rows
 
     def gallery(self, label: str) -> Rows:
         """Features of the images that are ranked, the strangers last."""
         assert self.pairing is not None
         own = self.images[label].rows(self.pairing.image_rows)
-        return Joined(own, self.of_strangers[label]) if label in self.of_strangers else own
+        rows = Joined(own, self.of_strangers[label]) if label in self.of_strangers else own
+        return Centred(rows) if self.centred else rows
 
     def of(self, direction: Direction) -> dict[str, Ranks]:
         """Model -> ranks in one direction."""

@@ -87,6 +87,11 @@ class RetrievalSettings(BenchmarkSettings):
     distractors: tuple[str, ...] = setting(
         (), "sources (docs/data-formats.md) whose images join every gallery and belong to no caption"
     )
+    center: bool = setting(
+        False,
+        "rank captions less the mean of all of their kind, and images less that of the gallery; for languages that "
+        "neither stage has seen",
+    )
     ks: tuple[int, ...] = setting((1, 5, 10), "recall is measured at these ranks")
     captions_out: str = setting(
         "", "write every caption to this .jsonl, for `llm2clip embed data.val=FILE`, and stop"
