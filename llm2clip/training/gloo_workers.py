@@ -34,7 +34,7 @@ def wait_for_workers(limit: float = 10.0) -> bool:
     while True:
         time.sleep(pause)  # the lock is free for those who wait for it
         now = _workers()
-        if now == before and all(state == "S" for state, _ in now.values()):
+        if now == before and all(state not in ("R", "D") for state, _ in now.values()):
             return True
         if time.monotonic() > end:
             return False
@@ -50,6 +50,8 @@ def _workers() -> dict[str, tuple[str, str]]:
         except OSError:  # it has ended
             continue
         fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        if fields["Name"].strip() == _NAME:
-            found[thread.name] = (fields["State"].split()[0], fields["voluntary_ctxt_switches"].strip())
+        if fields.get("Name", "").strip() == _NAME:
+            # systems that imitate Linux may leave lines out: then only the state counts
+            state, switches = (fields.get(key, "").strip() for key in ("State", "voluntary_ctxt_switches"))
+            found[thread.name] = (state[:1], switches)
     return found
