@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from llm2clip.training.gloo_workers import wait_for_workers
+from tests.training_kit import wait_for
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
 
@@ -151,10 +151,10 @@ def test_the_wait_has_an_end() -> None:
 
 
 def test_gloo_names_its_workers_as_expected() -> None:
-    store = dist.HashStore()
-    group = dist.ProcessGroupGloo(store, 0, 1)
-    names = [
-        Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")
-    ]
-    assert "pt_gloo_runloop" in names
+    group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1)
+
+    def names() -> list[str]:
+        return [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+
+    wait_for(lambda: "pt_gloo_runloop" in names())  # each takes its name when it first runs
     del group
