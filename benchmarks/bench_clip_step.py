@@ -4,20 +4,22 @@ python -m benchmarks.bench_clip_step --batch 64 --steps 6
 
 `ours` is the step of `training.loop`. `plain` is the loop one writes by hand: torch's modules, open_clip's loss where
 it is installed (else its definition), AdamW, clipping. `open_clip_train` is `train_one_epoch` of the package of that
-name, with `--accum-freq` where the batch is cut. All start from the same weights and see the same batches; their losses
-must agree. `--memory` measures peak memory over batch sizes at one size of forward pass, `--overhead` the share of time
-that the real loop, with its data, spends outside of forward, backward and optimizer.
+name, with `--accum-freq` where the batch is cut. Both are given our tower; `open_clip_timm` is the same trainer with
+the tower that open_clip has for this network, timm's. All start from the same weights and see the same batches, each
+in a process of its own, one at a time; their losses must agree. `--memory` measures peak memory over batch sizes at one
+size of forward pass, `--overhead` the share of time that the real loop, with its data, spends outside of forward,
+backward and optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ import torch
 
 from benchmarks import clip_recipe, clip_trainers, harness
 from benchmarks.clip_trainers import world
+from benchmarks.step_workers import StepWorker
 from llm2clip.settings import TrainSettings
-from llm2clip.training.clip_batch import ImageTexts, Pieces
 from llm2clip.training.clip_task import ClipTask
+from llm2clip.training.kept_memory import kept_memory
 from llm2clip.training.loop import train
 from llm2clip.training.metrics import read_metrics
 from llm2clip.training.state import TrainState
@@ -76,7 +79,8 @@ def overhead(settings: TrainSettings, folder: Path, rounds: int) -> dict[str, fl
     TrainState.backward, TrainState.update = timed(backward, False), timed(update, True)  # type: ignore[method-assign]
     try:
         run = replace(settings.run, out=str(folder), steps=rounds + 1, log_every=min(10, rounds))
-        train(ClipTask(replace(settings, run=run), world()), run, settings.optim, world())
+        with kept_memory(world().device):  # as `llm2clip train` does
+            train(ClipTask(replace(settings, run=run), world()), run, settings.optim, world())
     finally:
         TrainState.backward, TrainState.update = backward, update  # type: ignore[method-assign]
     whole = marks[-1] - marks[0]
@@ -88,23 +92,23 @@ def overhead(settings: TrainSettings, folder: Path, rounds: int) -> dict[str, fl
 
 def compare(options: argparse.Namespace, settings: TrainSettings) -> list[dict[str, Any]]:
     """Interleaved steps of every trainer on the same batches; ends the program where losses differ."""
-    names = [
-        name for name in options.providers if name != "open_clip_train" or _importable("open_clip_train")
-    ]
-    trainers = {name: make(name, settings) for name in names}
-    batches = ClipTask(settings, world()).batches(0, 0)
+    names = [name for name in options.providers if _usable(name, options.tower)]
     losses: dict[str, list[float]] = {name: [] for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(options.steps + 1):
-        _, batch = next(batches)
-        run = {
-            name: functools.partial(_record, losses[name], trainer, number, batch)
-            for name, trainer in trainers.items()
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(StepWorker(clip_trainers.MAKERS[name], settings, options.steps + 1))
+            for name in names
         }
-        for name, seconds in harness.interleave(run, rounds=1, warmup=0, clock="wall").items():
-            if number > 0:  # the first step warms up
-                times[name] += seconds
-        print(f"step {number}:", {name: f"{values[-1]:.5f}" for name, values in losses.items()}, flush=True)
+        for number in range(options.steps + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                loss, seconds = workers[name].step(number)
+                losses[name].append(loss)
+                if number > 0:  # the first step warms up
+                    times[name].append(seconds)
+            print(
+                f"step {number}:", {name: f"{values[-1]:.5f}" for name, values in losses.items()}, flush=True
+            )
     wrong = {
         name: values
         for name, values in losses.items()
@@ -116,8 +120,8 @@ def compare(options: argparse.Namespace, settings: TrainSettings) -> list[dict[s
     if wrong:
         sys.exit(f"losses differ from those of plain {losses['plain']}: {wrong}")
     rows = []
-    for name, trainer in trainers.items():
-        row: dict[str, Any] = {"provider": name, "loss": getattr(trainer, "name", "own")}
+    for name, worker in workers.items():
+        row: dict[str, Any] = {"provider": name, "loss": worker.title}
         row |= {key: round(value, 1) for key, value in harness.summarize(times[name]).items()}
         row["images_per_s"] = round(options.batch * len(times[name]) / sum(times[name]), 1)
         row["speedup_over_plain"] = round(harness.ratio_to(times["plain"], times[name]), 3)
@@ -126,14 +130,14 @@ def compare(options: argparse.Namespace, settings: TrainSettings) -> list[dict[s
     return rows
 
 
-def _record(losses: list[float], trainer: Any, number: int, batch: ImageTexts | Pieces) -> None:
-    losses.append(trainer.step(number, batch))
-
-
-def _importable(module: str) -> bool:
-    reason = harness.Provider(module, lambda: lambda: None, needs=(f"{module}.train",)).unavailable("cpu")
+def _usable(name: str, tower: str) -> bool:
+    """Whether the packages of a trainer are here, and it has such a tower."""
+    if name == "open_clip_timm" and tower != "efficientnet-lite0":
+        return False
+    needs = clip_trainers.NEEDS.get(name, ())
+    reason = harness.Provider(name, lambda: lambda: None, needs=needs).unavailable("cpu")
     if reason:
-        print(f"{module} is left out: {reason}", flush=True)
+        print(f"{name} is left out: {reason}", flush=True)
     return not reason
 
 

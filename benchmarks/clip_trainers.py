@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip.data.images import normalize_pixels
+from llm2clip.models.efficientnet import EfficientNetLite0
 from llm2clip.models.llm2clip import LLM2CLIP
+from llm2clip.models.vision import VisionTower
 from llm2clip.settings import OptimSettings, TrainSettings
 from llm2clip.training import optim
 from llm2clip.training.clip_batch import ImageTexts, Pieces
 from llm2clip.training.clip_task import ClipTask
+from llm2clip.training.kept_memory import kept_memory
 from llm2clip.training.precision import autocast_of
 from llm2clip.training.schedule import set_learning_rate
 from llm2clip.training.state import TrainState, as_numbers
@@ -31,6 +35,9 @@ class Ours:
     """The step of this trainer, as `training.loop` takes it."""
 
     def __init__(self, settings: TrainSettings) -> None:
+        # as `llm2clip train` does, for as long as this object is there
+        self._memory = ExitStack()
+        self._memory.enter_context(kept_memory(world().device))
         self.task = ClipTask(settings, world())
         self.settings = settings
         self.state = TrainState(self.task, settings.run, settings.optim, world())
@@ -89,9 +96,44 @@ def open_clip_loss() -> tuple[nn.Module, str]:
     return ClipLoss(), "open_clip"
 
 
-def written(settings: TrainSettings) -> tuple[Written, torch.optim.Optimizer]:
-    """The towers with the weights that ours begin with, and AdamW as open_clip builds it."""
+class TimmTower(nn.Module):
+    """open_clip's own tower of the network: its timm adapter, with the weights of `ours` and its fixed statistics."""
+
+    def __init__(self, ours: VisionTower) -> None:
+        super().__init__()
+        from open_clip.timm_model import TimmModel
+
+        trunk = ours.model
+        assert isinstance(trunk, EfficientNetLite0)
+        self.tower = TimmModel("tf_efficientnet_lite0", trunk.dim, trunk.image_size, proj="none")
+        # both have their layers in the order of the forward, under other names
+        values = trunk.network.state_dict().values()
+        self.tower.load_state_dict(dict(zip(self.tower.state_dict(), values, strict=True)))
+        self.mean, self.std = ours.mean, ours.std
+
+    def train(self, mode: bool = True) -> TimmTower:
+        """Training mode, except for batch normalisation, as in ours."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> features (B, 1280)."""
+        features: Tensor = self.tower(images)
+        return features
+
+
+def written(settings: TrainSettings, *, timm: bool = False) -> tuple[Written, torch.optim.Optimizer]:
+    """The towers with the weights that ours begin with, and AdamW as open_clip builds it.
+
+    `timm` takes open_clip's tower.
+    """
     task = ClipTask(settings, world())
+    if timm:
+        ours: Any = task.model.vision_model
+        task.model.vision_model = TimmTower(ours).to(world().device)  # type: ignore[assignment]
     groups: dict[str, Any] = dict(task.groups())
     options = [
         {key: group[key] for key in ("params", "weight_decay", "lr_scale")}
@@ -158,13 +200,13 @@ class Plain:
 class OpenClipTrain:
     """open_clip's own trainer, one "epoch" of one step at a time."""
 
-    name = "open_clip"
+    name, timm = "open_clip", False
 
     def __init__(self, settings: TrainSettings) -> None:
         from open_clip.loss import ClipLoss
         from open_clip_train.train import train_one_epoch
 
-        self.model, self.optimizer = written(settings)
+        self.model, self.optimizer = written(settings, timm=self.timm)
         self.settings, self._train = settings, train_one_epoch
         self.losses: list[float] = []
         recorded = self.losses
@@ -206,6 +248,13 @@ class OpenClipTrain:
         return self.losses[-1]
 
 
+class OpenClipTimm(OpenClipTrain):
+    """The same trainer with open_clip's tower in place of ours."""
+
+    timm = True
+
+
 MAKERS: dict[str, Callable[[TrainSettings], Any]] = {
-    "ours": Ours, "plain": Plain, "open_clip_train": OpenClipTrain
+    "ours": Ours, "plain": Plain, "open_clip_train": OpenClipTrain, "open_clip_timm": OpenClipTimm
 }  # fmt: skip
+NEEDS = {"open_clip_train": ("open_clip_train.train",), "open_clip_timm": ("open_clip_train.train", "timm")}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_clip_step, clip_trainers
-from llm2clip.training.clip_batch import ImageTexts
+from llm2clip.training.clip_batch import ImageTexts, Pieces
 
 SMALL = [
     "--batch",
@@ -55,16 +55,34 @@ def test_a_batch_too_large_to_compare_runs_in_the_loop_alone(
         bench_clip_step.main([*SMALL, "--loop-only"])
 
 
+class Wrong(clip_trainers.Ours):
+    """Leaves out a part of each batch."""
+
+    def step(self, number: int, batch: ImageTexts | Pieces) -> float:
+        return super().step(number, batch[:3])
+
+
+class Broken(clip_trainers.Ours):
+    """Fails in its process."""
+
+    def step(self, number: int, batch: ImageTexts | Pieces) -> float:
+        raise ValueError("this trainer is broken")
+
+
 def test_a_trainer_that_learns_something_else_ends_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(clip_trainers.Ours):
-        def step(self, number: int, batch: ImageTexts) -> float:
-            return super().step(number, batch[:3])
-
     makers: dict[str, Any] = clip_trainers.MAKERS | {"ours": Wrong}
     monkeypatch.setattr(clip_trainers, "MAKERS", makers)
     with pytest.raises(SystemExit, match="losses differ from those of plain"):
         bench_clip_step.main([*SMALL, "--data", str(tmp_path), "--providers", "plain", "ours"])
     with pytest.raises(SystemExit):
         bench_clip_step.main([*SMALL, "--providers", "ours"])
+
+
+def test_what_goes_wrong_in_the_process_of_a_trainer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_trainers, "MAKERS", clip_trainers.MAKERS | {"ours": Broken})
+    with pytest.raises(RuntimeError, match="this trainer is broken"):
+        bench_clip_step.main([*SMALL, "--data", str(tmp_path), "--providers", "plain", "ours"])

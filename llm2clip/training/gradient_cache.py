@@ -102,6 +102,7 @@ def backward(
             with autocast():
                 parts.append(module(chunk))
     leaves = {name: _join([part[name] for part in parts[:own]]) for name in parts[0]}
+    del parts  # joined: the loss's own memory comes next
     value, metrics = loss(leaves)
     scaled(value).backward()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm2clip.errors import ConfigError
 from llm2clip.training.gloo_workers import wait_for_workers
+from llm2clip.training.kept_memory import kept_memory
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,17 @@ def start_world(device: str = "auto", threads: int = 0, timeout: float = 1800.0)
     if threads > 0:
         torch.set_num_threads(threads)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(0, 1, target)
-        return
+    with kept_memory(target):
+        if size == 1:
+            yield World(0, 1, target)
+        else:
+            with _group(target, size, timeout) as world:
+                yield world
+
+
+@contextmanager
+def _group(target: torch.device, size: int, timeout: float) -> Iterator[World]:
+    """One rank of several, as `start_world`."""
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if target.type == "cuda":
         target = torch.device("cuda", local_rank)
