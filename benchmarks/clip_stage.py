@@ -25,10 +25,11 @@ from statistics import mean
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks import harness, held_out
 from benchmarks.clip_recipe import caption_texts
-from llm2clip.config import from_tree, read_yaml
+from llm2clip.config import from_tree, load_settings, read_yaml
 from llm2clip.data.store_writer import StoreWriter
 from llm2clip.embed import embed
 from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
@@ -136,7 +137,9 @@ def train_tower(options: argparse.Namespace, tower: str, teacher: str, store: st
     }
     if tower != "vit":
         tree["optim"]["lr_scales"] = {"vision": 0.3}
-    return str(train_clip(from_tree(TrainSettings, tree)))
+    recipe = options.out / f"{tower}-{teacher}-{seed}.yaml"  # as `llm2clip train --config` takes it
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return str(train_clip(load_settings(TrainSettings, recipe, options.set)))
 
 
 def evaluate(
@@ -263,6 +266,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=250, help="of a training run")
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of a training run, over the recipe's",
+    )
     parser.add_argument("--stores-only", action="store_true", help="embed, and stop")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +290,13 @@ def main(arguments: list[str] | None = None) -> None:
             runs.append({"tower": tower, "seed": seed, **measure(options, tower, seed, stores)})
             write_json(
                 options.out / "results.json",
-                {"steps": options.steps, "environment": harness.environment(), "runs": runs},
+                {
+                    "steps": options.steps,
+                    "batch": options.batch,
+                    "set": options.set,
+                    "environment": harness.environment(),
+                    "runs": runs,
+                },
             )
     print(tables(runs))
 

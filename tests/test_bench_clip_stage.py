@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import clip_stage, held_out
-from llm2clip.config import from_tree
+from llm2clip.config import from_tree, read_yaml
 from llm2clip.errors import DataError
 from llm2clip.settings import FinetuneLLMSettings
 from llm2clip.training.run import finetune_llm
@@ -79,7 +79,12 @@ def test_towers_are_trained_and_every_table_is_filled(
     options = {"data": split, "llm": llm, "adapter": adapter, "out": out, "config": tmp_path / "config.yaml"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments += ["--towers", "vit", "--teachers", "tuned", "raw", "--steps", "2", "--batch", "8"]
-    clip_stage.main([*arguments, "--seeds", "0", "1"])
+    clip_stage.main(
+        [*arguments, "--seeds", "0", "1", "--set", "optim.ema=0.5", "optim.lr_scales.adapter=0.3"]
+    )
+    for run in ("vit-tuned-0", "vit-raw-1"):
+        optim = read_yaml(out / run / "config.yaml")["optim"]
+        assert optim["ema"] == 0.5 and optim["lr_scales"] == {"adapter": 0.3} and optim["lr"] == 1e-3
     table = capsys.readouterr().out
     assert table.count("ViT, random weights | CC-tuned LLM") == 1 and table.count("| raw LLM |") == 1
     for what in ("longer than 77 tokens", "first 77 tokens"):

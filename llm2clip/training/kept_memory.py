@@ -2,7 +2,7 @@
 
 glibc gives every freed block above 32 MiB back to the system, and the top of its heap. A training step on a CPU
 allocates and frees the same large activations each time, so the kernel hands out and zeroes the same pages again and
-again: of a step of 256 images on a small convolutional tower a quarter was that (docs/performance.md).
+again: of a step of 256 images on a small convolutional tower a quarter was that (docs/results.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _CHOSEN = re.compile(r"glibc\.malloc\.(mmap|trim)_threshold")
 def kept_memory(device: torch.device) -> Iterator[bool]:
     """Inside the block the process keeps what it frees; afterwards it gives free memory back.
 
-    Costs up to the free memory between the blocks of a step (6 % of the peak of an exact batch in parts of 256 images).
+    Costs the holes between the blocks of a step: the peak of a run is up to a fifth higher, from its first steps on.
+    MALLOC_TRIM_THRESHOLD_=131072 in the environment asks for the smaller peak.
 
     Args:
         device: where the work is done. Nothing is changed for a GPU, whose allocator torch has itself, nor with another
