@@ -147,8 +147,9 @@ def written(settings: TrainSettings, *, timm: bool = False) -> tuple[Written, to
 def as_floats(batch: ImageTexts | Pieces, settings: TrainSettings, vision: Any) -> tuple[Tensor, Tensor]:
     """Normalised images and embeddings, as other trainers' loaders give them."""
     batch = batch.whole() if isinstance(batch, Pieces) else batch
-    assert batch.pixels is not None and batch.embeddings is not None
-    return normalize_pixels(batch.pixels, vision.mean, vision.std), batch.embeddings
+    pixels, embeddings = batch.pixels, batch.embeddings
+    assert pixels is not None and embeddings is not None
+    return normalize_pixels(pixels, vision.mean, vision.std), embeddings
 
 
 class Plain:

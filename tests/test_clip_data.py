@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def batch(counts: list[int], groups: list[int]) -> ImageTexts:
         counts=counts,
         texts=texts,
         embeddings=torch.arange(len(texts)).float()[:, None],
-        pixels=torch.arange(len(counts), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2),
+        images=(torch.arange(len(counts), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2),),
     )
 
 
@@ -132,6 +133,18 @@ def test_parts_within_a_piece_are_not_copied() -> None:
         for name in ("pixels", "embeddings"):
             storages = [getattr(of, name).untyped_storage().data_ptr() for of in (part, pieces[whole])]
             assert storages[0] == storages[1], name
+
+
+def test_images_are_never_copied_into_parts_of_several_pieces() -> None:
+    pieces = [batch([2, 1, 3], [5, 6, 5]), batch([1, 1], [7, 6])]
+    storages = {piece.images[0].untyped_storage().data_ptr() for piece in pieces}
+    joined = clip_batch.join(pieces)
+    for part in (*clip_batch.Pieces(pieces).split(4), joined, joined[1:4], joined.to(torch.device("cpu"))):
+        assert {image.untyped_storage().data_ptr() for image in part.images} <= storages
+        assert part.pixels is not None and len(part.pixels) == len(part) == sum(map(len, part.images))
+    assert [len(image) for image in joined[1:4].images] == [2, 1] and joined[5:].pixels is not None
+    assert joined[5:].pixels.shape == (0, 3, 2, 2)
+    assert clip_batch.join([replace(piece, images=()) for piece in pieces])[1:].pixels is None
 
 
 def test_one_image_per_group() -> None:

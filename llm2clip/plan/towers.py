@@ -114,7 +114,7 @@ class ClipModel:
             counts=[self._settings.data.captions.per_image] * count,
             texts=[""] * captions,
             embeddings=torch.zeros(captions, self._llm_dim),
-            pixels=None if stored else torch.zeros(count, 3, size, size, dtype=torch.uint8),
+            images=() if stored else (torch.zeros(count, 3, size, size, dtype=torch.uint8),),
             features=torch.zeros(count, module.model.vision_model.dim) if stored else None,
             owners=torch.zeros(captions, dtype=torch.int64),
         )

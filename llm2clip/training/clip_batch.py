@@ -25,7 +25,8 @@ class ImageTexts:
         counts: captions of each image, B numbers.
         texts: C captions.
         embeddings: (C, D_llm) fp32 of the captions.
-        pixels: (B, 3, S, S) uint8.
+        images: the images in order, in tensors (b, 3, S, S) uint8 as they were read; empty where they are not decoded.
+            Never joined for good: a large batch would be in memory twice.
         features: (B, F) fp32, stored features of a frozen tower.
         teacher_image: (B, E) fp32 of a teacher.
         teacher_text: (C, E) fp32 of a teacher.
@@ -41,7 +42,7 @@ class ImageTexts:
     counts: list[int]
     texts: list[str]
     embeddings: Tensor | None = None
-    pixels: Tensor | None = None
+    images: tuple[Tensor, ...] = ()
     features: Tensor | None = None
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
@@ -53,6 +54,13 @@ class ImageTexts:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """(B, 3, S, S) uint8, joined anew each time where they lie in several tensors; None without images."""
+        if not self.images:
+            return None
+        return self.images[0] if len(self.images) == 1 else torch.cat(self.images)
 
     def __getitem__(self, rows: slice) -> ImageTexts:
         """Consecutive images with their captions."""
@@ -66,7 +74,7 @@ class ImageTexts:
             counts=self.counts[start:stop],
             texts=self.texts[captions],
             embeddings=_rows(self.embeddings, captions),
-            pixels=_rows(self.pixels, slice(start, stop)),
+            images=_image_rows(self.images, start, stop),
             features=_rows(self.features, slice(start, stop)),
             teacher_image=_rows(self.teacher_image, slice(start, stop)),
             teacher_text=_rows(self.teacher_text, captions),
@@ -102,12 +110,12 @@ class ImageTexts:
         changed: dict[str, Any] = {
             n: function(value) for n, value in values.items() if isinstance(value, Tensor)
         }
-        return replace(self, **changed)
+        return replace(self, **changed, images=tuple(map(function, self.images)))
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A batch as the loader's pieces: each goes to the device by itself, and what lies in one piece is never copied."""
+    """A batch as the loader's pieces: each goes to the device by itself, and its images are never copied."""
 
     parts: Sequence[ImageTexts]
 
@@ -174,13 +182,23 @@ def join(parts: Sequence[ImageTexts]) -> ImageTexts:
         values = [getattr(part, field.name) for part in parts]
         if isinstance(values[0], Tensor):
             joined[field.name] = torch.cat(values)
-        elif isinstance(values[0], list):
-            joined[field.name] = [item for value in values for item in value]
+        elif isinstance(values[0], (list, tuple)):
+            joined[field.name] = type(values[0])(item for value in values for item in value)
     return ImageTexts(**joined)
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
+
+
+def _image_rows(images: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+    """Views of consecutive rows of tensors that follow each other; of none, an empty one."""
+    found, first = [], 0
+    for tensor in images:
+        if start < first + len(tensor) and first < stop:
+            found.append(tensor[max(0, start - first) : stop - first])
+        first += len(tensor)
+    return tuple(found) if found or not images else (images[0][:0],)
 
 
 def _owners(part: ImageTexts, first: int) -> Tensor:

@@ -100,7 +100,7 @@ class Reader:
             counts=[len(item.texts) for item in items],
             texts=texts,
             embeddings=self.store.get(texts) if self.store is not None else None,
-            pixels=torch.stack(pixels) if pixels else None,
+            images=(torch.stack(pixels),) if pixels else (),
             features=_stored_images(self.features, items),
             teacher_image=_stored_images(self.teacher_image, items),
             teacher_text=self.teacher_text.get(texts) if self.teacher_text is not None else None,

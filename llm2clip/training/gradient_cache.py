@@ -105,8 +105,11 @@ def backward(
     del parts  # joined: the loss's own memory comes next
     value, metrics = loss(leaves)
     scaled(value).backward()
+    # what the loss computed with is not needed any more, while the chunks' graphs come next
+    value, gradients_of = value.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+    del leaves
 
-    starts = dict.fromkeys(leaves, 0)
+    starts = dict.fromkeys(gradients_of, 0)
     for index, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         last = index == len(chunks) - 1
         with state.replay(device), exchange_gradients(module, last):
@@ -114,7 +117,7 @@ def backward(
                 outputs = module(chunk)
             roots, gradients = [], []
             for name, output in outputs.items():
-                gradient = leaves[name].grad
+                gradient = gradients_of[name]
                 if output.dim() > 0 and index >= own:
                     gradient = None if gradient is None else torch.zeros_like(output)
                 elif output.dim() > 0:
@@ -127,7 +130,7 @@ def backward(
                     gradients.append(gradient)
             if roots:
                 torch.autograd.backward(roots, gradients)
-    return value.detach(), metrics
+    return value, metrics
 
 
 def accumulate(

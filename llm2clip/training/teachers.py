@@ -55,14 +55,15 @@ class Teachers:
     def add_to(self, batch: ImageTexts) -> ImageTexts:
         """The batch with the features of the models that run along; stored ones get unit norm."""
         image, text, tower = batch.teacher_image, batch.teacher_text, None
+        running = self._start is not None or (self.model is not None and self._images)
+        pixels = batch.pixels if running else None
         with torch.no_grad(), self._autocast():
-            if self.model is not None and self._images and batch.pixels is not None:
-                image = self.model.images(batch.pixels)
+            if self.model is not None and self._images and pixels is not None:
+                image = self.model.images(pixels)
             if self.model is not None and self._texts:
                 text = self.model.texts(batch.texts)
-            if self._start is not None and batch.pixels is not None:
-                pixels = normalize_pixels(batch.pixels, self._start.mean, self._start.std)
-                tower = self._start(pixels)
+            if self._start is not None and pixels is not None:
+                tower = self._start(normalize_pixels(pixels, self._start.mean, self._start.std))
             return replace(
                 batch,
                 teacher_image=None if image is None else l2_normalize(image.float()),

@@ -83,9 +83,9 @@ class TwoTowers(nn.Module):
     def _tower_features(self, batch: ImageTexts) -> Tensor:
         if batch.features is not None:
             return batch.features
-        assert batch.pixels is not None
-        vision = self.model.vision_model
-        return vision(normalize_pixels(batch.pixels, vision.mean, vision.std))
+        vision, pixels = self.model.vision_model, batch.pixels
+        assert pixels is not None
+        return vision(normalize_pixels(pixels, vision.mean, vision.std))
 
 
 def _unit(features: Tensor) -> Tensor:
