@@ -71,7 +71,9 @@ def build_wheel(sdist: Path, out: Path, *, cuda: bool) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
         with tarfile.open(sdist) as archive:
-            archive.extractall(place, filter="data")
+            # as Python's documentation has it for versions without filters
+            archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+            archive.extractall(place)
         (source,) = Path(place).iterdir()
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
         options = ("--no-build-isolation", "--no-deps", "--wheel-dir", str(out.resolve()))

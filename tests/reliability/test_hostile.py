@@ -369,4 +369,6 @@ def test_the_watch_sees_what_it_must(tmp_path: Path) -> None:
     with tarfile.open(inside / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("../escaped"))
     with tarfile.open(inside / "a.tar") as tar:
-        assert forbidden(lambda: tar.extractall(inside, filter="fully_trusted")) >= 1
+        # before Python 3.11.4 there are no filters, and every member is trusted
+        tar.extraction_filter = getattr(tarfile, "fully_trusted_filter", lambda member, path: member)
+        assert forbidden(lambda: tar.extractall(inside)) >= 1

@@ -105,13 +105,15 @@ def watched(folder: Path) -> Iterator[Seen]:
         _installed.append(_hook)
     seen = Seen(os.path.realpath(folder))
     before, temporary = _largest_kib(anew=True), tempfile.tempdir
+    # a module that is imported for the first time would leave its bytecode beside itself
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     tempfile.tempdir = seen.folder
     _active.append(seen)
     try:
         yield seen
     finally:
         _active.remove(seen)
-        tempfile.tempdir = temporary
+        tempfile.tempdir, sys.dont_write_bytecode = temporary, bytecode
         seen.grown_mib = (_largest_kib() - before) / 1024
 
 
