@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -135,3 +136,18 @@ def test_autocast_is_used_in_both_passes() -> None:
 def test_no_chunk_is_an_error() -> None:
     with pytest.raises(ValueError, match="no chunk"):
         gradient_cache.backward(Towers(), [], contrastive, CPU)
+
+
+def test_what_the_loss_computed_with_is_gone_before_the_chunks_run_again() -> None:
+    module, seen = Towers().double(), list[weakref.ref[Tensor]]()
+    alive: list[int] = []
+
+    def loss(outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        # the joined features, and what a loss keeps for its backward
+        value, metrics = contrastive(outputs)
+        seen.extend(map(weakref.ref, (outputs["left"], outputs["right"], value)))
+        return value, metrics
+
+    module.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+    gradient_cache.backward(module, split(data(), 4), loss, CPU)
+    assert len(seen) == 3 and alive == [0] * 6
