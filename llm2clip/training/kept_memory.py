@@ -31,7 +31,7 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
     """Inside the block the process keeps what it frees; afterwards it gives free memory back.
 
     Costs the holes between the blocks of a step: the peak of a run is up to a fifth higher, from its first steps on.
-    MALLOC_TRIM_THRESHOLD_=131072 in the environment has everything given back at once, which is slower than without this.
+    MALLOC_TRIM_THRESHOLD_=131072 in the environment has everything given back at once, slower than without either.
 
     Args:
         device: where the work is done. Nothing is changed for a GPU, whose allocator torch has itself, nor with another
