@@ -6,6 +6,7 @@ from accelerate.utils import set_seed
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
 
+from llm2clip.training.gloo_workers import wait_for_workers
 from llm2clip_kernels import infonce_loss
 
 
@@ -39,6 +40,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
     accelerator.print(f"loss {loss:.4f}")
+    wait_for_workers()  # on a CPU: a rank whose gloo threads still hold tensors may abort as it ends
     accelerator.end_training()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
 
+from llm2clip.training.gloo_workers import wait_for_workers
 from llm2clip_kernels import infonce_loss
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     trainer.fit(TwoTowers(), DataLoader(pairs, batch_size=128 // devices, shuffle=True))
     if trainer.is_global_zero:
         print(f"loss {trainer.callback_metrics['loss']:.4f}")
+    wait_for_workers()  # on a CPU: a rank whose gloo threads still hold tensors may abort as it ends
 
 
 if __name__ == "__main__":
