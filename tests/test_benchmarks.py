@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,28 +35,39 @@ def test_rounds_are_interleaved_with_another_first_one_each() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_times_are_those_of_the_function_alone() -> None:
-    slow, fast = 0.03, 0.003
-    times = harness.interleave(
-        {"slow": lambda: time.sleep(slow), "fast": lambda: time.sleep(fast)}, rounds=3, warmup=0, device="cpu"
-    )
-    assert slow <= min(times["slow"]) and fast <= min(times["fast"]) < slow
-    assert harness.ratio_to(times["slow"], times["fast"]) > 2
+@pytest.fixture
+def nap(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time pass on a clock that a busy machine does not move."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_time
 
 
-def test_rounds_go_on_until_enough_time_is_spent_and_stop_when_it_is_late() -> None:
-    def nap() -> None:
-        time.sleep(0.01)
+def test_times_are_those_of_the_function_alone(nap: Callable[[float], None]) -> None:
+    functions = {"slow": lambda: nap(0.5), "fast": lambda: nap(0.125)}
+    times = harness.interleave(functions, rounds=3, warmup=0, device="cpu")
+    assert times == {"slow": [0.5] * 3, "fast": [0.125] * 3}
+    assert harness.ratio_to(times["slow"], times["fast"]) == 4
 
-    more = harness.interleave({"nap": nap}, rounds=1, min_seconds=0.1, device="cpu")
-    assert 5 <= len(more["nap"]) <= 11
-    fewer = harness.interleave({"nap": nap}, rounds=1000, max_seconds=0.05, device="cpu")
-    assert 3 <= len(fewer["nap"]) <= 7
+
+def test_rounds_go_on_until_enough_time_is_spent_and_stop_when_it_is_late(
+    nap: Callable[[float], None],
+) -> None:
+    functions = {"nap": lambda: nap(0.25)}
+    more = harness.interleave(functions, rounds=1, min_seconds=2.5, device="cpu")
+    assert len(more["nap"]) == 10
+    fewer = harness.interleave(functions, rounds=1000, max_seconds=1.25, device="cpu")
+    assert len(fewer["nap"]) == 5
+    assert len(harness.interleave(functions, rounds=1000, max_seconds=0.25, device="cpu")["nap"]) == 3
     warmed: list[int] = []
     harness.interleave(
-        {"nap": lambda: (warmed.append(1), nap())}, rounds=1, warmup=0, warmup_seconds=0.05, device="cpu"
+        {"nap": lambda: (warmed.append(1), nap(0.25))}, rounds=1, warmup=0, warmup_seconds=1.25, device="cpu"
     )
-    assert len(warmed) >= 5
+    assert len(warmed) == 5 + 1
 
 
 def test_cold_flushes_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:

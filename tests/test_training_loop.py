@@ -92,23 +92,33 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(
 
 def _slow(out: Path, pause: float) -> None:
     def wait(step: int) -> None:
-        (out / "inside").touch()
         time.sleep(pause)
 
     torch.set_num_threads(1)
     toy_run(out, Hooks(before_loss=wait), save_every=1)
 
 
+def _hang(out: Path) -> None:
+    def wait(step: int) -> None:
+        (out / "inside").touch()
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.01)
+        (out / "asked").touch()  # a second signal before the first has come would count as none
+        time.sleep(60)
+
+    torch.set_num_threads(1)
+    toy_run(out, Hooks(before_loss=wait))
+
+
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
-    child = FORK.Process(target=_slow, args=(tmp_path, 20.0))
+    child = FORK.Process(target=_hang, args=(tmp_path,))
     child.start()
     assert child.pid is not None
-    wait_for((tmp_path / "inside").exists)
-    os.kill(child.pid, signal.SIGTERM)
-    time.sleep(0.3)
-    assert child.is_alive()
-    os.kill(child.pid, signal.SIGTERM)
-    child.join(5)
+    for name in ("inside", "asked"):
+        wait_for((tmp_path / name).exists)
+        assert child.is_alive()
+        os.kill(child.pid, signal.SIGTERM)
+    child.join(30)
     assert child.exitcode == -signal.SIGTERM
 
 

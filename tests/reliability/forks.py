@@ -63,6 +63,12 @@ class Child:
             time.sleep(min(left, 0.002))
         return self.alive()
 
+    def catches(self, number: int) -> bool:
+        """Whether it has a handler for a signal; while it runs, on Linux."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
     def signal(self, number: int) -> None:
         """Send a signal to the whole group."""
         with contextlib.suppress(ProcessLookupError):

@@ -21,6 +21,7 @@ from tests.reliability import evidence
 from tests.reliability.forks import Prepare, during, run, start, to_group
 from tests.reliability.full_disk import undisturbed
 from tests.reliability.scenarios import Scenario, temporary
+from tests.training_kit import wait_for
 
 Scenarios = dict[str, Scenario]
 
@@ -105,22 +106,23 @@ def test_the_second_signal_ends_at_once(
 ) -> None:
     scenario = scenarios[name]
     scenario.clear()
-    inside = log.with_name("inside")
+    entered = log.with_name("entered")
 
     def hang() -> None:
-        inside.touch()
         while True:
             with contextlib.suppress(SystemExit):  # what the first signal raises, kept from getting anywhere
+                entered.touch()  # only here: a signal that came before the `with` would end the child
                 time.sleep(60)
 
     child = start(scenario.work, log, during(owner, method, 0, hang))
-    end = time.monotonic() + 60
-    while not inside.exists():
-        assert child.alive() and time.monotonic() < end, child.shown()
-        time.sleep(0.01)
-    child.signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert child.alive()
-    child.signal(signal.SIGTERM)
-    assert child.wait(5) == -signal.SIGTERM
+    try:
+        wait_for(lambda: entered.exists() or not child.alive())
+        child.signal(signal.SIGTERM)
+        # a second one that came before the first was handled would count as none
+        wait_for(lambda: not child.alive() or not child.catches(signal.SIGTERM))
+        assert child.alive(), child.shown()
+        child.signal(signal.SIGTERM)
+        assert child.wait(30) == -signal.SIGTERM
+    finally:
+        child.kill()
     scenario.check(scenario.out)
