@@ -135,6 +135,36 @@ def test_dropout_gradients_belong_to_the_mask_that_was_drawn() -> None:
     assert torch.autograd.gradcheck(seeded, (x,))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_noise_has_the_length_asked_for_in_every_direction(normalize: bool) -> None:
+    adapter = TextAdapter(24, 5, depth=0, normalize_input=normalize, noise=0.5).double().train()
+    seen: list[Tensor] = []
+    adapter.adaptor.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    x = 3 * torch.randn(4, 24, dtype=torch.float64)
+    for _ in range(4000):
+        adapter(x)
+    length = 1.0 if normalize else x.norm(dim=1)
+    start = x / x.norm(dim=1, keepdim=True) if normalize else x
+    added = torch.stack(seen) - start
+    torch.testing.assert_close(
+        added.square().sum(2).mean(0).sqrt(), 0.5 * length * torch.ones(4).double(), rtol=0.02, atol=0
+    )
+    each = added.square().mean((0, 1)).sqrt()
+    assert each.max() / each.min() < 1.05 and (added.mean((0, 1)) / each).abs().max() < 5 / 16000**0.5
+
+
+def test_noise_repeats_with_the_seed_and_acts_in_training_only() -> None:
+    adapter, x = trained(1, noise=1.0), torch.randn(3, 24)
+    torch.manual_seed(5)
+    first = adapter.train()(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(adapter.forward_plain(x), first)
+    assert not torch.equal(adapter(x), first)
+    quiet = trained(1)
+    quiet.load_state_dict(adapter.state_dict())
+    assert torch.equal(adapter.eval()(x), quiet.eval()(x)) and torch.equal(adapter(x), adapter(x))
+
+
 def test_only_what_trains_gets_a_gradient() -> None:
     adapter = trained(2)
     for parameter in adapter.parameters():

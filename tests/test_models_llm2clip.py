@@ -238,8 +238,8 @@ def test_training_goes_on_from_another_model_with_its_adapter(tmp_path: Path) ->
     # what the settings say of training holds for the loaded parts
     vision = VisionSettings(image_size=24, freeze=True, unlocked_groups=0, fit="crop")
     changed = LLM2CLIP.from_settings(
-        ModelSettings(init=str(tmp_path / "old"), vision=vision, adapter_dropout=0.5, logit_bias_init=-10.0,
-                      logit_scale_init=2.0),
+        ModelSettings(init=str(tmp_path / "old"), vision=vision, adapter_dropout=0.5, adapter_noise=0.25,
+                      logit_bias_init=-10.0, logit_scale_init=2.0),
         12,
         {"model_type": "other"},
     )  # fmt: skip
@@ -247,6 +247,7 @@ def test_training_goes_on_from_another_model_with_its_adapter(tmp_path: Path) ->
     assert changed.get_image_features(torch.randn(1, 3, 24, 24)).shape == (1, 6)
     assert not any(p.requires_grad for n, p in changed.named_parameters() if n.startswith("vis"))
     assert changed.logit_bias is not None and changed.logit_bias.item() == -10
+    assert changed.text_adapter.noise == 0.25
     assert changed.logit_scale.item() == 2.0 and changed.fingerprint == {"model_type": "other"}
     assert not torch.equal(
         changed.train().get_text_features(embeddings), changed.get_text_features(embeddings)

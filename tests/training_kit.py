@@ -255,6 +255,7 @@ class Kit:
                 "embed_dim": run.pop("embed_dim", 8),
                 "adapter_depth": 1,
                 "adapter_dropout": dropout,
+                "adapter_noise": dropout,
             },
             "loss": run.pop("loss", {}),
             "optim": {"lr": run.pop("lr", 1e-3), "warmup_steps": 2},

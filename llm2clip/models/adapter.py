@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,6 +88,8 @@ class TextAdapter(nn.Module):
         expansion: hidden width of a block in multiples of `llm_dim`.
         dropout: dropout inside a block.
         normalize_input: scale embeddings to unit length first, as the published models do.
+        noise: length of the Gaussian noise that training adds to the embeddings, as a share of theirs (CapDec,
+            arXiv 2211.00575): what the adapter learns of a caption then holds for its neighbourhood.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class TextAdapter(nn.Module):
         expansion: int = 2,
         dropout: float = 0.0,
         normalize_input: bool = True,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         if min(llm_dim, embed_dim, expansion) < 1 or depth < 0:
@@ -105,7 +109,8 @@ class TextAdapter(nn.Module):
                 f"depth={depth}, "
                 f"expansion={expansion}"
             )
-        self.llm_dim, self.embed_dim, self.normalize_input = llm_dim, embed_dim, normalize_input
+        self.llm_dim, self.embed_dim = llm_dim, embed_dim
+        self.normalize_input, self.noise = normalize_input, noise
         blocks = [ResidualBlock(llm_dim, expansion * llm_dim, dropout) for _ in range(depth)]
         self.adaptor = nn.Sequential(*blocks, nn.LayerNorm(llm_dim), nn.Linear(llm_dim, embed_dim))
 
@@ -122,7 +127,7 @@ class TextAdapter(nn.Module):
                 "they were made by another LLM. Embed the captions with the LLM that the model was "
                 "trained with."
             )
-        x = l2_normalize(embeddings) if self.normalize_input else embeddings
+        x = self._noisy(l2_normalize(embeddings) if self.normalize_input else embeddings)
         if not _is_plain(self.adaptor, nn.Sequential):
             return self.adaptor(x)
         *blocks, norm, last = self.adaptor
@@ -134,9 +139,16 @@ class TextAdapter(nn.Module):
 
     def forward_plain(self, embeddings: Tensor) -> Tensor:
         """The same by torch's modules, every activation kept; the definition of `forward`."""
-        x = F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings
+        x = self._noisy(F.normalize(embeddings, dim=-1) if self.normalize_input else embeddings)
         *blocks, norm, last = self.adaptor
         for block in blocks:
             assert isinstance(block, ResidualBlock)
             x = block.forward_plain(x)
         return last(norm(x))
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        """In training, with noise drawn from torch's generator: repeated with its state, as dropout is."""
+        if not (self.training and self.noise):
+            return x
+        length = x.detach().norm(dim=-1, keepdim=True)
+        return x + torch.randn_like(x) * (length * (self.noise / self.llm_dim**0.5))

@@ -75,6 +75,7 @@ class LLM2CLIP(nn.Module):
             settings.adapter_expansion,
             settings.adapter_dropout,
             settings.adapter_normalize,
+            settings.adapter_noise,
         )
         self.clip_text: ClipText | None = None
         self.text_projection: nn.Linear | None = None

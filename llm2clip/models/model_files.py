@@ -219,7 +219,9 @@ def continue_from(
     tower = VisionTower(old.model.resized(size), old.preprocessing.at_size(size).chosen(vision))
     set_up_training(tower, vision)
     changed = {name: getattr(model.settings, name) for name in settings_fields()}
-    changed.update(adapter_dropout=settings.adapter_dropout, logit_scale_max=settings.logit_scale_max)
+    changed.update(
+        {name: getattr(settings, name) for name in ("adapter_dropout", "adapter_noise", "logit_scale_max")}
+    )
     fresh = [name for name in ("logit_scale", "logit_bias") if getattr(settings, f"{name}_init") is not None]
     changed.update({f"{name}_init": getattr(settings, f"{name}_init") for name in fresh})
     changed["clip_text"] = settings.clip_text if model.clip_text is None else model.settings.clip_text

@@ -165,6 +165,11 @@ class ModelSettings:
     )
     adapter_expansion: int = setting(2, "hidden width of a block, in multiples of the LLM's width")
     adapter_dropout: float = setting(0.0, "dropout inside a block")
+    adapter_noise: float = setting(
+        0.0,
+        "length of the Gaussian noise that training adds to LLM embeddings, as a share of theirs: what few captions "
+        "teach then holds around them too",
+    )
     adapter_normalize: bool = setting(
         True, "scale LLM embeddings to unit length before the adapter, as the published models do"
     )
@@ -183,6 +188,6 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         at_least("model", self, 1, "embed_dim", "adapter_expansion")
-        at_least("model", self, 0, "adapter_dropout")
+        at_least("model", self, 0, "adapter_dropout", "adapter_noise")
         if not 0 <= self.adapter_depth <= 8:
             raise ConfigError(f"model.adapter_depth: expected 0 to 8 blocks, got {self.adapter_depth}")
