@@ -147,12 +147,9 @@ def test_as_a_module_with_its_exit_status(tmp_path: Path) -> None:
 
 def test_the_import_is_light() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import llm2clip, llm2clip.cli, llm2clip.settings;"
-        "seconds = time.perf_counter() - start;"
-        "heavy = sorted({'torch', 'transformers', 'peft', 'triton', 'pyarrow', 'PIL', 'numpy'} & set(sys.modules));"
-        "print(seconds, *heavy)"
+        "import sys; import llm2clip, llm2clip.cli, llm2clip.settings;"
+        "print(*sorted({'torch', 'transformers', 'peft', 'triton', 'pyarrow', 'PIL', 'numpy'} & set(sys.modules)))"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    seconds, *heavy = done.stdout.split()
-    assert float(seconds) < 2.0 and heavy == []
+    assert done.stdout.split() == []

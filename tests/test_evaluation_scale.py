@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import json, resource, sys, time
+import json, resource, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ groups = np.full(IMAGES, -1)
 groups[owner] = np.arange(TEXTS)
 pairing = Pairing(np.arange(IMAGES), np.arange(TEXTS), groups, np.arange(TEXTS), np.arange(TEXTS))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.monotonic()
 both = rank_directions(texts.rows(), gallery.rows(), pairing, world)
-seconds = time.monotonic() - start
 scores = summarise(both.text_to_image)
 grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 x, y = texts.rows()[:64].double(), gallery.rows()
@@ -47,7 +45,7 @@ for first in range(0, IMAGES, 1 << 17):
     own = (x * y[owner[:64]].double()).sum(1)[:, None]
     above += (x @ y[first : first + (1 << 17)].double().T > own + TIE_TOLERANCE).sum(1)
 print(json.dumps({
-    "grown": grown, "seconds": seconds,
+    "grown": grown,
     "equal": above.tolist() == both.text_to_image.above[:64].tolist(), "r1": scores["recall"]["1"],
     "asked": len(both.image_to_text.above), "gallery": scores["gallery"], "chance": scores["chance"]["1"],
 }))
@@ -67,4 +65,3 @@ def test_a_million_images(tmp_path: Path) -> None:
     assert 0.05 < found["r1"] < 1, "a case that is neither trivial nor hopeless"
     # the features take 61 MiB, their matrix of similarities would take 1,907
     assert found["grown"] < 300
-    assert found["seconds"] < 120
