@@ -21,15 +21,17 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 import yaml
+from torch.nn import functional
 
 from benchmarks import harness, held_out
 from benchmarks.clip_recipe import caption_texts
+from benchmarks.clip_stage_tables import TEACHERS, TOWERS, tables
 from llm2clip.config import from_tree, load_settings, read_yaml
+from llm2clip.data.store import EmbeddingStore
 from llm2clip.data.store_writer import StoreWriter
 from llm2clip.embed import embed
 from llm2clip.evaluation.benchmark_retrieval import evaluate_retrieval
@@ -41,13 +43,11 @@ from llm2clip.training.run import train_clip
 
 CLIP_TOKENS = 77
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llm" / "smollm2-openstax.yaml"
-TEACHERS = {"tuned": "CC-tuned LLM", "raw": "raw LLM", "minilm": "all-MiniLM-L6-v2"}
 # a small ViT, since it starts from random weights and sees five thousand images
 _VIT = {
     "model_type": "vit", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 4, "patch_size": 16, "image_size": 64,
 }  # fmt: skip
-TOWERS = {"efficientnet-lite0": "EfficientNet-Lite0 (ImageNet)", "vit": "ViT, random weights"}
 _TRANSLATIONS = {
     f"{language}_{field}": f"{language}.{field}"
     for language in held_out.LANGUAGES
@@ -113,6 +113,13 @@ def minilm_store(options: argparse.Namespace) -> str:
     return str(out)
 
 
+def spread(options: argparse.Namespace, store: str) -> float:
+    """Root mean square distance of the training captions' unit embeddings from their mean."""
+    texts = caption_texts([str(options.data / "openstax-train-*.tar")])
+    unit = functional.normalize(EmbeddingStore.open(store).get(texts).float(), dim=1)
+    return float((unit - unit.mean(0)).square().sum(1).mean().sqrt())
+
+
 def train_tower(options: argparse.Namespace, tower: str, teacher: str, store: str, seed: int) -> str:
     """One training run; its model directory."""
     vision: Tree = {"kind": "efficientnet-lite0", "image_size": 64}
@@ -135,6 +142,8 @@ def train_tower(options: argparse.Namespace, tower: str, teacher: str, store: st
             "peak_tflops": 0,
         },
     }
+    if options.noise:
+        tree["model"]["adapter_noise"] = round(options.noise * spread(options, store), 4)
     if tower != "vit":
         tree["optim"]["lr_scales"] = {"vision": 0.3}
     recipe = options.out / f"{tower}-{teacher}-{seed}.yaml"  # as `llm2clip train --config` takes it
@@ -181,74 +190,6 @@ def measure(options: argparse.Namespace, tower: str, seed: int, stores: Tree) ->
     return found
 
 
-def cell(values: list[float]) -> str:
-    """Mean over seeds, with the range where there are several."""
-    shown = f"{mean(values):.1f}"
-    return f"{shown} ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else shown
-
-
-def tables(runs: list[Tree]) -> str:
-    """What is measured as Markdown; R@k in %, of both directions where not said otherwise."""
-    lines = [
-        "| tower | captions by | R@1, mean | caption R@1 | description R@1 | description R@10 | over raw |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-
-    def of(tower: str, part: str, kind: str, measure: str) -> list[float]:
-        rows = [run[part].get(kind) for run in runs if run["tower"] == tower and part in run]
-        return [mean(row[measure]) for row in rows if row]
-
-    for tower, title in TOWERS.items():
-        means = {
-            name: [
-                (a + b) / 2
-                for a, b in zip(
-                    of(tower, "books", f"{name} short", "r1"),
-                    of(tower, "books", f"{name} long", "r1"),
-                    strict=True,
-                )
-            ]
-            for name in TEACHERS
-        }
-        for name, teacher in TEACHERS.items():
-            if means[name]:
-                parts = [of(tower, "books", f"{name} {kind}", key) for kind, key in _PARTS]
-                over = f"{mean(means[name]) / mean(means['raw']):.2f}" if means["raw"] else ""
-                lines.append(
-                    f"| {title} | {teacher} | {' | '.join(map(cell, [means[name], *parts]))} | {over} |"
-                )
-    lines += [
-        "",
-        "| tower | queries | R@1 | R@10 | text → image R@10 | chance R@10 | figures |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for tower, title in TOWERS.items():
-        for part, kind, what in _QUERIES:
-            row = next(
-                (run[part][kind] for run in runs if run["tower"] == tower and kind in run.get(part, {})), None
-            )
-            if row:
-                asked = [run[part][kind]["r10"][1] for run in runs if run["tower"] == tower and part in run]
-                values = " | ".join(
-                    cell(v) for v in (*(of(tower, part, kind, k) for k in ("r1", "r10")), asked)
-                )
-                lines.append(f"| {title} | {what} | {values} | {row['chance_r10']} | {row['gallery']} |")
-    return "\n".join(lines)
-
-
-_PARTS = (("short", "r1"), ("long", "r1"), ("long", "r10"))
-_QUERIES = (
-    ("whole", "tuned long", "descriptions longer than 77 tokens"),
-    ("first-77", "tuned long", "their first 77 tokens"),
-    ("physics", "tuned long", "physics, English"),
-    ("physics", "tuned es", "physics, Spanish"),
-    ("physics", "tuned pl", "physics, Polish"),
-    ("centred", "tuned long", "physics, English, centred"),
-    ("centred", "tuned es", "physics, Spanish, centred"),
-    ("centred", "tuned pl", "physics, Polish, centred"),
-)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -266,6 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=250, help="of a training run")
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="of training on a teacher's embeddings, as a share of their spread, which differs between teachers",
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -293,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
                 {
                     "steps": options.steps,
                     "batch": options.batch,
+                    "noise": options.noise,
                     "set": options.set,
                     "environment": harness.environment(),
                     "runs": runs,

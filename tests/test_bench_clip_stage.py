@@ -80,11 +80,26 @@ def test_towers_are_trained_and_every_table_is_filled(
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments += ["--towers", "vit", "--teachers", "tuned", "raw", "--steps", "2", "--batch", "8"]
     clip_stage.main(
-        [*arguments, "--seeds", "0", "1", "--set", "optim.ema=0.5", "optim.lr_scales.adapter=0.3"]
+        [
+            *arguments,
+            "--seeds",
+            "0",
+            "1",
+            "--noise",
+            "0.5",
+            "--set",
+            "optim.ema=0.5",
+            "optim.lr_scales.adapter=0.3",
+        ]
     )
     for run in ("vit-tuned-0", "vit-raw-1"):
         optim = read_yaml(out / run / "config.yaml")["optim"]
         assert optim["ema"] == 0.5 and optim["lr_scales"] == {"adapter": 0.3} and optim["lr"] == 1e-3
+    noise = {
+        name: read_yaml(out / f"vit-{name}-0" / "config.yaml")["model"]["adapter_noise"]
+        for name in ("tuned", "raw")
+    }
+    assert 0 < noise["raw"] < 0.5 and 0 < noise["tuned"] < 0.5
     table = capsys.readouterr().out
     assert table.count("ViT, random weights | CC-tuned LLM") == 1 and table.count("| raw LLM |") == 1
     for what in ("longer than 77 tokens", "first 77 tokens"):
