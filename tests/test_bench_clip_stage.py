@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import clip_stage, held_out
+from benchmarks.clip_recipe import caption_texts
 from llm2clip.config import from_tree, read_yaml
+from llm2clip.data.store import EmbeddingStore
 from llm2clip.errors import DataError
 from llm2clip.settings import FinetuneLLMSettings
 from llm2clip.training.run import finetune_llm
@@ -79,27 +82,19 @@ def test_towers_are_trained_and_every_table_is_filled(
     options = {"data": split, "llm": llm, "adapter": adapter, "out": out, "config": tmp_path / "config.yaml"}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments += ["--towers", "vit", "--teachers", "tuned", "raw", "--steps", "2", "--batch", "8"]
-    clip_stage.main(
-        [
-            *arguments,
-            "--seeds",
-            "0",
-            "1",
-            "--noise",
-            "0.5",
-            "--set",
-            "optim.ema=0.5",
-            "optim.lr_scales.adapter=0.3",
-        ]
-    )
+    arguments += ["--seeds", "0", "1", "--noise", "0.5"]
+    clip_stage.main([*arguments, "--set", "optim.ema=0.5", "optim.lr_scales.adapter=0.3"])
     for run in ("vit-tuned-0", "vit-raw-1"):
         optim = read_yaml(out / run / "config.yaml")["optim"]
         assert optim["ema"] == 0.5 and optim["lr_scales"] == {"adapter": 0.3} and optim["lr"] == 1e-3
-    noise = {
-        name: read_yaml(out / f"vit-{name}-0" / "config.yaml")["model"]["adapter_noise"]
-        for name in ("tuned", "raw")
-    }
-    assert 0 < noise["raw"] < 0.5 and 0 < noise["tuned"] < 0.5
+    texts = caption_texts([str(split / "openstax-train-*.tar")])
+    for name in ("tuned", "raw"):
+        unit = torch.nn.functional.normalize(
+            EmbeddingStore.open(out / f"store-{name}").get(texts).float(), dim=1
+        )
+        spread = (1 - unit.mean(0).square().sum()).sqrt().item()  # of vectors of length one
+        noise = read_yaml(out / f"vit-{name}-1" / "config.yaml")["model"]["adapter_noise"]
+        assert 0 < noise == pytest.approx(0.5 * spread, abs=1e-4)
     table = capsys.readouterr().out
     assert table.count("ViT, random weights | CC-tuned LLM") == 1 and table.count("| raw LLM |") == 1
     for what in ("longer than 77 tokens", "first 77 tokens"):

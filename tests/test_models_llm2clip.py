@@ -97,6 +97,9 @@ def test_adapter_refuses_another_width_and_bad_sizes() -> None:
         TextAdapter(10, 7)(torch.randn(2, 11))
     with pytest.raises(ModelError, match="sizes must be positive"):
         TextAdapter(0, 7)
+    for noise in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ModelError, match="noise: expected a finite share of at least 0"):
+            TextAdapter(10, 7, noise=noise)
 
 
 def test_forward_returns_unit_features_and_the_scale(model: LLM2CLIP) -> None:

@@ -118,7 +118,7 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
         wait_for((tmp_path / name).exists)
         assert child.is_alive()
         os.kill(child.pid, signal.SIGTERM)
-    child.join(30)
+    child.join(5)
     assert child.exitcode == -signal.SIGTERM
 
 

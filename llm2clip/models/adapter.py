@@ -90,6 +90,9 @@ class TextAdapter(nn.Module):
         normalize_input: scale embeddings to unit length first, as the published models do.
         noise: length of the Gaussian noise that training adds to the embeddings, as a share of theirs (CapDec,
             arXiv 2211.00575): what the adapter learns of a caption then holds for its neighbourhood.
+
+    Raises:
+        ModelError: a size below 1, a negative depth, or noise that is no finite share.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class TextAdapter(nn.Module):
                 f"depth={depth}, "
                 f"expansion={expansion}"
             )
+        if not 0 <= noise < float("inf"):
+            raise ModelError(f"adapter noise: expected a finite share of at least 0, got {noise}")
         self.llm_dim, self.embed_dim = llm_dim, embed_dim
         self.normalize_input, self.noise = normalize_input, noise
         blocks = [ResidualBlock(llm_dim, expansion * llm_dim, dropout) for _ in range(depth)]

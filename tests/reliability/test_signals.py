@@ -116,13 +116,13 @@ def test_the_second_signal_ends_at_once(
 
     child = start(scenario.work, log, during(owner, method, 0, hang))
     try:
-        wait_for(lambda: entered.exists() or not child.alive())
+        wait_for(lambda: entered.exists() or not child.alive(), 60)
         child.signal(signal.SIGTERM)
         # a second one that came before the first was handled would count as none
         wait_for(lambda: not child.alive() or not child.catches(signal.SIGTERM))
         assert child.alive(), child.shown()
         child.signal(signal.SIGTERM)
-        assert child.wait(30) == -signal.SIGTERM
+        assert child.wait(5) == -signal.SIGTERM
     finally:
         child.kill()
     scenario.check(scenario.out)
